@@ -1,0 +1,33 @@
+# make demo: install into .venv, encode and decode the bundled picture.
+# make test: install into .venv, run the tests.   make lint: ruff and mypy.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# For instance: make test PIP_ARGS="--extra-index-url URL" to take torch's CPU build from an index of its own.
+PIP_ARGS ?=
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build dist demo-out

@@ -1,0 +1,6 @@
+"""``python -m lic``."""
+
+from lic.cli import main
+
+if __name__ == "__main__":
+    main()
