@@ -113,21 +113,22 @@ class PeerCache:
 
 def measure_peers(
     pictures: Sequence[Picture], cache: PeerCache, peers: Iterable[Peer] = PEERS,
-    progress: Callable[[str], None] = lambda name: None,
+    on_picture: Callable[[], object] = lambda: None,
 ) -> list[Curve]:  # fmt: skip
-    """One curve per peer that this Pillow has, means over ``pictures``; ``progress`` hears of each picture."""
+    """One curve per peer, means over ``pictures``; ``on_picture`` is called after each.
+
+    Raises LicError if a picture cannot be read or a codec refuses it.
+    """
     curves = []
     for peer in peers:
-        if not peer.available():
-            continue
         rows = []
         for picture in pictures:
             rows.append(cache.measure(peer, picture))
-            progress(peer.name)
+            on_picture()
         table = np.array([[(row.bpp, row.psnr, row.ms_ssim) for row in image] for image in rows])
         means = table.mean(axis=0)  # (qualities, 3)
-        points = (tuple(map(float, means[:, column])) for column in range(3))
-        curves.append(Curve(peer.name, *points, source=peer.source()))
+        bpp, psnrs, ms_ssims = (tuple(map(float, column)) for column in means.T)
+        curves.append(Curve(peer.name, bpp, psnrs, ms_ssims, peer.source()))
     return curves
 
 

@@ -32,7 +32,7 @@ class Picture:
         try:
             with Image.open(self.path) as image:
                 if image.mode[0] in "IF":
-                    raise LicError(f"{self.path}: more than 8 bits per sample; the benchmark measures 8-bit RGB")
+                    raise LicError(f"{self.path}: more than 8 bits per sample; only 8-bit RGB is measured")
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise LicError(f"{self.path}: cannot read this picture ({error})") from error

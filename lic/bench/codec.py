@@ -1,0 +1,90 @@
+"""The codec under test: model, pipeline and container behind the few calls a measurement needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lic.bench.metrics import Pixels
+from lic.errors import LicError
+
+
+class Codec(Protocol):
+    """What :func:`lic.bench.measure.measure` calls; tests bring a small one of their own."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weights_sha256(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    def encode(self, rgb: Pixels, quality_code: int) -> Any:
+        """``lic.pipeline.Encoded`` of an image (H, W, 3)."""
+
+    def decode(self, container: Any) -> Any:
+        """``lic.pipeline.Decoded`` of a container."""
+
+    def pack(self, container: Any) -> bytes:
+        """The bytes of the file."""
+
+    def parse(self, data: bytes) -> Any:
+        """Inverse of ``pack``."""
+
+
+@dataclass(frozen=True)
+class LicCodec:
+    """A loaded model; :func:`open_codec` makes one."""
+
+    name: str
+    weights_sha256: str
+    device: str
+    threads: int
+    model: Any
+
+    def encode(self, rgb: Pixels, quality_code: int) -> Any:
+        from lic import pipeline
+
+        return pipeline.encode_rgb(self.model, rgb, quality_code)
+
+    def decode(self, container: Any) -> Any:
+        from lic import pipeline
+
+        return pipeline.decode_rgb(self.model, container)
+
+    def pack(self, container: Any) -> bytes:
+        from lic.container import pack
+
+        return pack(container)
+
+    def parse(self, data: bytes) -> Any:
+        from lic.container import parse
+
+        return parse(data, max_pixels=None)
+
+
+def open_codec(name: str, device: str, threads: int | None) -> LicCodec:
+    """Load a model by name on "auto", "cpu", "cuda" or "cuda:N"; imports torch.
+
+    ``threads`` of torch on the CPU, None for torch's own choice. Raises LicError if there is no such model
+    or device.
+    """
+    from lic.model import store
+
+    models = {info.name: info for info in store.available()}
+    if name not in models:
+        raise LicError(f"no model {name!r}; there are: {', '.join(sorted(models)) or 'none'}")
+
+    import torch
+
+    from lic import pipeline
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = pipeline.select_device(device)
+    return LicCodec(name, models[name].sha256, device, torch.get_num_threads(), store.load(name, device))
