@@ -1,0 +1,128 @@
+"""The whole model: transforms, gains, hyperprior and context model; the training loss stands on `forward`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lic.model.config import Config
+from lic.model.context import make_context
+from lic.model.context.base import features
+from lic.model.hyperprior import HyperAnalysis, HyperPrior, HyperSynthesis
+from lic.model.layers import QualityTable, lower_bound, round_ste
+from lic.model.transforms import Analysis, LappedShortcut, Synthesis
+from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
+
+MIN_SCALE, MAX_SCALE = 0.11, 256.0
+
+
+@dataclass
+class Forward:
+    """x_hat (B, H, W, 3) in [-0.5, 0.5]; bits of y and of z for each image, (B,)."""
+
+    x_hat: Tensor
+    y_bits: Tensor
+    z_bits: Tensor
+
+
+class CodecModel(nn.Module):
+    """Pixels are (B, H, W, 3) in [-0.5, 0.5], H and W multiples of 64; latents are (B, H/16, W/16, M)."""
+
+    sigma: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.shortcut = LappedShortcut(config.latent)
+        self.g_a = Analysis(config)
+        self.g_s = Synthesis(config)
+        self.h_a = HyperAnalysis(config)
+        self.h_s = HyperSynthesis(config)
+        self.prior = HyperPrior(config)
+        self.context = make_context(config)
+        self.log_gain = QualityTable(config.knots, config.latent)
+        self.log_igain = QualityTable(config.knots, config.latent)
+        self.register_buffer("sigma", torch.ones(config.latent))  # of the shortcut's latents
+
+    def gain(self, code: Tensor) -> Tensor:
+        """Quantiser steps per pixel unit, (B, M), for quality codes (B,): λ's theoretical step times a learned factor."""
+        return torch.exp(self.log_gain(code)) * (255 / _step(code)).unsqueeze(-1)
+
+    def igain(self, code: Tensor) -> Tensor:
+        """Pixel units per quantiser step at the decoder, (B, M)."""
+        return torch.exp(self.log_igain(code)) / self.gain(code)
+
+    def unit(self, code: Tensor) -> Tensor:
+        """Quantiser steps per standard deviation of each channel, (B, M); a constant to the entropy path."""
+        return (self.gain(code) * self.sigma).detach()
+
+    def analysis(self, x: Tensor, code: Tensor) -> Tensor:
+        """Latents in quantiser steps, not rounded."""
+        y = self.shortcut.analysis(x) + self.g_a(x, code).float()
+        return y * self.gain(code)[:, None, None]
+
+    def synthesis(self, y: Tensor, code: Tensor) -> Tensor:
+        """Pixels from dequantised latents in quantiser steps (rounded latents plus their offset)."""
+        y = y * self.igain(code)[:, None, None]
+        linear = self.shortcut.synthesis(y)
+        return linear + self.g_s(y, linear, code).float()
+
+    def hyper_analysis(self, y: Tensor, code: Tensor) -> Tensor:
+        """z, not rounded, from unrounded latents in quantiser steps."""
+        return self.h_a(features(y, self.unit(code)[:, None, None]), code)
+
+    def forward(self, x: Tensor, code: Tensor, *, frozen_latents: bool = False) -> Forward:
+        """Training pass: rounding with straight-through gradients, rate under additive noise.
+
+        With ``frozen_latents`` the transforms up to y carry no gradient and the rate is that of the rounded latents:
+        the entropy model is then trained as a density model.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
+            y = self.analysis(x, code)
+        y_hat = round_ste(y)
+        z = self.hyper_analysis(y, code)
+        z_bits = self.prior.bits(_noisy(z), code).sum(dim=(1, 2, 3))
+        psi = self.h_s(round_ste(z), code)
+        mean, log_scale = self.context.teacher(psi, y_hat, code, self.unit(code))
+        scale = bounded_scale(log_scale)
+        y_bits = gaussian_bits(y_hat if frozen_latents else _noisy(y), mean, scale).sum(dim=(1, 2, 3))
+        offset = expected_offset(y_hat, mean, scale).detach()
+        return Forward(self.synthesis(y_hat + offset, code), y_bits, z_bits)
+
+
+def _step(code: Tensor) -> Tensor:
+    """:func:`lic.quality.step_of` on tensors."""
+    log_lambda = math.log(MIN_LAMBDA) + code.float() / MAX_CODE * math.log(MAX_LAMBDA / MIN_LAMBDA)
+    return torch.sqrt(26 / torch.exp(log_lambda))
+
+
+def _noisy(x: Tensor) -> Tensor:
+    return x + torch.rand_like(x) - 0.5
+
+
+def bounded_scale(log_scale: Tensor) -> Tensor:
+    """Scale in quantiser steps, kept in the range of the tables."""
+    low, high = math.log(MIN_SCALE), math.log(MAX_SCALE)
+    return torch.exp(lower_bound(log_scale, low).clamp(max=high))
+
+
+def gaussian_bits(y: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """-log2 of the Gaussian's mass on the unit interval around y."""
+    distance = (y - mean).abs()
+    mass = _cdf((0.5 - distance) / scale) - _cdf((-0.5 - distance) / scale)
+    return -torch.log2(lower_bound(mass, 1e-9))
+
+
+def expected_offset(y_hat: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """E[y | y_hat] - y_hat for a Gaussian y known to lie within half a step of y_hat; at most half a step."""
+    low, high = (y_hat - 0.5 - mean) / scale, (y_hat + 0.5 - mean) / scale
+    density = (torch.exp(-0.5 * low**2) - torch.exp(-0.5 * high**2)) * (2 * math.pi) ** -0.5
+    mass = (_cdf(high) - _cdf(low)).clamp(min=1e-6)
+    return (mean - y_hat + scale * density / mass).clamp(-0.5, 0.5)
+
+
+def _cdf(x: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(x * -(0.5**0.5))

@@ -1,0 +1,38 @@
+"""Multiply-adds of each part of a model, counted by torch's own operation counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lic.model.codec import CodecModel
+from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
+
+
+def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict[str, float]:
+    """Thousand multiply-adds per pixel of each part on a picture of that size, the context model with its cache."""
+    config: Config = net.config
+    with torch.no_grad():
+        x = torch.zeros(1, height, width, 3)
+        y = torch.zeros(1, height // DOWNSAMPLING, width // DOWNSAMPLING, config.latent)
+        z = torch.zeros(1, height // HYPER_DOWNSAMPLING, width // HYPER_DOWNSAMPLING, config.hyper_latent)
+        psi = torch.zeros(*y.shape[:3], config.psi)
+        code, unit = torch.zeros(1), torch.ones(1, config.latent)
+
+        def count(part: Callable[[], Any]) -> float:
+            with FlopCounterMode(display=False) as counter:
+                part()
+            return round(counter.get_total_flops() / 2 / (height * width) / 1000, 2)
+
+        parts = {
+            "analysis": count(lambda: net.analysis(x, code)),
+            "hyper_analysis": count(lambda: net.hyper_analysis(y, code)),
+            "hyper_synthesis": count(lambda: net.h_s(z, code)),
+            "context": count(lambda: net.context.teacher(psi, y, code, unit)),
+            "synthesis": count(lambda: net.synthesis(y, code)),
+        }
+    decoder = parts["hyper_synthesis"] + parts["context"] + parts["synthesis"]
+    return parts | {"decoder": round(decoder, 2)}

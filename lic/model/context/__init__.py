@@ -1,0 +1,19 @@
+"""Context models. A system is one module of this package with a schedule and a context model."""
+
+from __future__ import annotations
+
+from lic.model.config import Config
+from lic.model.context.base import Context, Geometry, Schedule, State
+from lic.model.context.groupedmixer import GroupedMixer
+
+SYSTEMS: dict[str, type[Context]] = {"groupedmixer": GroupedMixer}
+
+
+def make_context(config: Config) -> Context:
+    """The context model that ``config.system`` names. Raises ValueError for an unknown one."""
+    if config.system not in SYSTEMS:
+        raise ValueError(f"unknown context model {config.system!r}")
+    return SYSTEMS[config.system](config)
+
+
+__all__ = ["SYSTEMS", "Context", "Geometry", "Schedule", "State", "make_context"]

@@ -1,0 +1,226 @@
+"""Weights files: one safetensors file a model, with configuration, tables, identities and provenance inside.
+
+Listing models reads headers only and never imports torch. A file holds 16-bit floats for the transforms, 8-bit rows
+with a float scale for the matrices of the entropy path, 32-bit floats for the rest, and the integer tables.
+
+The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
+on: configuration, the tensors of h_s, the context model and the gains, and the tables. The *synthesis identity*
+(2 bytes) covers what pixels depend on besides: g_s, the shortcut and the decoder's gains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lic.coder import Tables
+from lic.container import Header
+from lic.errors import LicError, UnsupportedError
+from lic.model.config import Config
+
+if TYPE_CHECKING:
+    from lic.model.codec import CodecModel
+
+SUFFIX = ".safetensors"
+ENTROPY_PARTS = ("h_s", "context", "log_gain", "sigma")
+SYNTHESIS_PARTS = ("shortcut", "g_s", "log_igain")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a weights file says of itself."""
+
+    name: str
+    path: Path
+    entropy_id: bytes
+    synthesis_id: bytes
+    config: dict[str, Any]
+    parameters: int
+    kmac: dict[str, float]  # thousand multiply-adds per pixel of each part, and of the whole decoder
+    rate_range: tuple[float, float] | None  # bits per pixel at quality 0 and 100, Kodak average
+    sha256: str
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network on its device and its integer tables: rows of z are (bucket, channel), of y (scale, fraction)."""
+
+    info: ModelInfo
+    net: CodecModel
+    y_tables: Tables
+    z_tables: Tables
+    device: str
+
+
+def folders() -> list[Path]:
+    """Where weights are looked for: $LIC_MODELS, the installed package, the checkout."""
+    package = Path(__file__).resolve().parent.parent
+    own = [package / "weights", package.parent / "weights"]
+    return [Path(p) for p in os.environ.get("LIC_MODELS", "").split(os.pathsep) if p] + own
+
+
+def available() -> list[ModelInfo]:
+    """Every model found, the first of each name first in search order; unreadable files are left out."""
+    found: dict[str, ModelInfo] = {}
+    for folder in folders():
+        for path in sorted(folder.glob("*" + SUFFIX)):
+            try:
+                info = read_info(path)
+            except LicError:
+                continue
+            found.setdefault(info.name, info)
+    return list(found.values())
+
+
+def read_info(path: Path) -> ModelInfo:
+    """Raises LicError if the file is not a lic weights file."""
+    data = path.read_bytes()
+    try:
+        length = int.from_bytes(data[:8], "little")
+        meta = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["lic"])
+        rate_range = meta["rate_range"]
+        return ModelInfo(
+            name=meta["name"],
+            path=path,
+            entropy_id=bytes.fromhex(meta["entropy_id"]),
+            synthesis_id=bytes.fromhex(meta["synthesis_id"]),
+            config=meta["config"],
+            parameters=meta["parameters"],
+            kmac=meta["kmac"],
+            rate_range=tuple(rate_range) if rate_range else None,
+            sha256=hashlib.sha256(data).hexdigest(),
+            provenance=meta["provenance"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise LicError(f"{path}: not a lic weights file") from error
+
+
+def find(name: str) -> ModelInfo:
+    """Raises LicError if there is no model of that name."""
+    models = available()
+    for info in models:
+        if info.name == name:
+            return info
+    names = ", ".join(m.name for m in models) or "none"
+    raise LicError(f"no model named {name!r}; installed: {names}")
+
+
+def load(name: str, device: str = "cpu") -> LoadedModel:
+    """Load a model by name onto a device. Raises LicError if there is none, or a damaged one."""
+    return load_file(find(name), device)
+
+
+def find_for(header: Header) -> ModelInfo:
+    """The installed model that a file was made with. Raises UnsupportedError naming it if there is none."""
+    models = available()
+    for info in models:
+        if info.entropy_id == header.entropy_id and info.synthesis_id == header.synthesis_id:
+            return info
+    wanted = f"{header.model} {header.entropy_id.hex()}-{header.synthesis_id.hex()}"
+    if any(info.name == header.model for info in models):
+        raise UnsupportedError(f"needs other weights than the installed ones of that name: {wanted}")
+    raise UnsupportedError(f"needs a model that is not installed: {wanted}")
+
+
+def load_for(header: Header, device: str = "cpu") -> LoadedModel:
+    """Load the model that a file was made with. Raises UnsupportedError naming it if it is not installed."""
+    return load_file(find_for(header), device)
+
+
+def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
+    """Load a weights file. Raises UnsupportedError if its contents do not fit its own identities."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file as read
+
+    try:
+        arrays = read(info.path)
+        tables = {
+            kind: Tables.from_arrays({k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"tables.{kind}.")})
+            for kind in ("y", "z")
+        }
+        if identities(info.config, arrays) != (info.entropy_id, info.synthesis_id):
+            raise ValueError("its contents do not match its identity")
+        net = _network(info.config, arrays)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+        raise UnsupportedError(f"{info.path}: damaged or incompatible weights: {error}") from error
+    return LoadedModel(info, net.to(device).eval().requires_grad_(False), tables["y"], tables["z"], device)
+
+
+def _network(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> CodecModel:
+    import torch
+
+    from lic.model.codec import CodecModel
+
+    net = CodecModel(Config.from_json(config))
+    state = {}
+    for name, value in arrays.items():
+        if name.startswith("tables.") or name.endswith(".row_scale"):
+            continue
+        full = value.astype(np.float32)
+        if value.dtype == np.int8:
+            full = full * arrays[name + ".row_scale"].astype(np.float32)[:, None]
+        state[name] = torch.from_numpy(full)
+    net.load_state_dict(state)
+    return net
+
+
+def identities(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[bytes, bytes]:
+    """(entropy identity, synthesis identity) of a configuration and the arrays of a weights file."""
+    entropy, synthesis = hashlib.sha256(), hashlib.sha256()
+    shape = {k: v for k, v in config.items() if k != "name"}
+    entropy.update(json.dumps(shape, sort_keys=True).encode())
+    for name in sorted(arrays):
+        part = name.partition(".")[0]
+        digest = entropy if part in (*ENTROPY_PARTS, "tables") else synthesis if part in SYNTHESIS_PARTS else None
+        if digest is not None:
+            value = arrays[name]
+            digest.update(f"{name} {value.dtype.str} {value.shape}".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+    return entropy.digest()[:4], synthesis.digest()[:2]
+
+
+def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
+    """Write a weights file. ``meta`` holds rate_range and provenance; everything else is made here."""
+    from safetensors.numpy import save_file
+
+    from lic.model.complexity import kmac_per_pixel
+    from lic.model.tables import make_tables
+
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in net.state_dict().items():
+        value = tensor.detach().float().cpu().numpy()
+        part = name.partition(".")[0]
+        if part in ("h_s", "context") and value.ndim == 2 and name.endswith(".weight"):
+            scale = np.maximum(np.abs(value).max(axis=1), 1e-12) / 127
+            arrays[name] = np.rint(value / scale[:, None]).astype(np.int8)
+            arrays[name + ".row_scale"] = scale.astype(np.float32)
+        elif value.ndim >= 2 and part in ("shortcut", "g_a", "g_s", "h_a"):
+            arrays[name] = value.astype(np.float16)
+        else:
+            arrays[name] = value
+    y_tables, z_tables = make_tables(net)
+    for kind, tables in (("y", y_tables), ("z", z_tables)):
+        for key, value in tables.to_arrays().items():
+            arrays[f"tables.{kind}.{key}"] = value
+    config = net.config.to_json()
+    entropy_id, synthesis_id = identities(json.loads(json.dumps(config)), arrays)
+    header = {
+        "name": net.config.name,
+        "config": config,
+        "entropy_id": entropy_id.hex(),
+        "synthesis_id": synthesis_id.hex(),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "kmac": kmac_per_pixel(net),
+        "rate_range": meta.get("rate_range"),
+        "provenance": meta["provenance"],
+    }
+    temporary = path.with_suffix(".tmp")
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {"lic": json.dumps(header)})
+    os.replace(temporary, path)

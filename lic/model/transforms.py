@@ -1,0 +1,152 @@
+"""Analysis g_a and synthesis g_s: a lapped linear shortcut plus networks that start at zero.
+
+y = P·patch + network(x) and x̂ = Pᵀ·y + network(y), where the rows of P are a Karhunen-Loève basis of the
+coefficients of a lapped orthogonal transform (Malvar & Staelin 1989), 32x32 pixels every 16. Step 0 of training is
+therefore a working transform codec. The synthesis network also sees the linear reconstruction, so that it can act
+as an in-loop filter from the start.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lic.model.config import DOWNSAMPLING, Config
+from lic.model.layers import QualityTable, Residual, depth_to_space, space_to_depth
+
+OVERLAP = DOWNSAMPLING // 2  # pixels by which a block reaches over each of its sides
+
+
+class LappedShortcut(nn.Module):
+    """Linear lapped transform with weight (M, 2·2·16·16·3); analysis and synthesis are each other's transpose.
+
+    Always in float32, also under autocast: the largest coefficients span hundreds of quantiser steps.
+    """
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(latent, 4 * DOWNSAMPLING**2 * 3))
+
+    def analysis(self, x: Tensor) -> Tensor:
+        """(B, H, W, 3) -> (B, H/16, W/16, M). The image is continued by mirroring."""
+        x = _mirror(_mirror(x, 1), 2)
+        blocks = space_to_depth(x, DOWNSAMPLING)  # (B, H/16 + 1, W/16 + 1, 768)
+        four = [blocks[:, :-1, :-1], blocks[:, :-1, 1:], blocks[:, 1:, :-1], blocks[:, 1:, 1:]]
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.cat(four, dim=-1) @ self.weight.T
+
+    def synthesis(self, y: Tensor) -> Tensor:
+        """(B, h, w, M) -> (B, 16·h, 16·w, 3): overlap-add; what reaches over the border is folded back."""
+        b, h, w, _ = y.shape
+        with torch.autocast(y.device.type, enabled=False):
+            parts = (y @ self.weight).chunk(4, dim=-1)
+        blocks = y.new_zeros(b, h + 1, w + 1, parts[0].shape[-1])
+        for part, (i, j) in zip(parts, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
+            blocks[:, i : i + h, j : j + w] += part
+        return _fold(_fold(depth_to_space(blocks, DOWNSAMPLING), 1), 2)
+
+    @torch.no_grad()
+    def set_basis(self, covariance: np.ndarray) -> np.ndarray:
+        """Choose the KLT of lapped coefficients with this covariance (768, 768); returns the variances (M,)."""
+        values, vectors = np.linalg.eigh(covariance)
+        order = np.argsort(-values)[: self.weight.shape[0]]
+        lapped = lapped_basis(DOWNSAMPLING)
+        kernel = np.einsum("kp,lq,cd->klcpqd", lapped, lapped, np.eye(3)).reshape(768, 32, 32, 3)
+        kernel = np.tensordot(vectors[:, order].T, kernel, axes=1)  # (M, 32, 32, 3)
+        kernel = kernel.reshape(-1, 2, 16, 2, 16, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 3072)
+        self.weight.copy_(torch.from_numpy(kernel))
+        return values[order]
+
+
+def lapped_basis(size: int) -> np.ndarray:
+    """The fast lapped orthogonal transform for an AR(1) source of correlation 0.95, rows of shape (size, 2·size)."""
+    n = np.arange(size)
+    dct = np.cos(np.pi * (2 * n + 1)[None] * n[:, None] / (2 * size)) * np.sqrt(2 / size)
+    dct[0] /= np.sqrt(2)
+    difference = dct[0::2] - dct[1::2]
+    half = 0.5 * np.block([[difference, difference[:, ::-1]], [difference, -difference[:, ::-1]]])
+    lag = np.abs(np.subtract.outer(np.arange(2 * size), np.arange(2 * size)))
+    covariance = half @ 0.95**lag @ half.T
+    rows = []
+    for part in (slice(0, size // 2), slice(size // 2, size)):
+        _, vectors = np.linalg.eigh(covariance[part, part])
+        rows.append(vectors[:, ::-1].T @ half[part])
+    return np.concatenate(rows)
+
+
+def _mirror(x: Tensor, dim: int) -> Tensor:
+    first = x.narrow(dim, 0, OVERLAP).flip(dim)
+    last = x.narrow(dim, x.shape[dim] - OVERLAP, OVERLAP).flip(dim)
+    return torch.cat([first, x, last], dim=dim)
+
+
+def _fold(x: Tensor, dim: int) -> Tensor:
+    n = x.shape[dim] - 2 * OVERLAP
+    middle = x.narrow(dim, OVERLAP, n)
+    first = middle.narrow(dim, 0, OVERLAP) + x.narrow(dim, 0, OVERLAP).flip(dim)
+    last = middle.narrow(dim, n - OVERLAP, OVERLAP) + x.narrow(dim, n + OVERLAP, OVERLAP).flip(dim)
+    return torch.cat([first, middle.narrow(dim, OVERLAP, n - 2 * OVERLAP), last], dim=dim)
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution behind a per-quality scale and offset of their input."""
+
+    def __init__(self, width: int, depth: int, knots: int) -> None:
+        super().__init__()
+        self.quality = QualityTable(knots, 2 * width)
+        self.blocks = nn.Sequential(*(Residual(width) for _ in range(depth)))
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        scale, offset = self.quality(code)[:, None, None, :].to(x.dtype).chunk(2, dim=-1)
+        return self.blocks(x * (1 + scale) + offset)
+
+
+class Analysis(nn.Module):
+    """g_a: (B, H, W, 3) in [-0.5, 0.5], code (B,) -> what the network adds to the shortcut's latents."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        w4, w8, w16 = config.widths
+        self.down4 = nn.Linear(48, w4)
+        self.down8 = nn.Linear(4 * w4, w8)
+        self.down16 = nn.Linear(4 * w8, w16)
+        stages = zip(config.widths, config.depths, strict=True)
+        self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
+        self.last = _zero(nn.Linear(w16, config.latent))
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        x = self.stage4(self.down4(space_to_depth(x, 4)), code)  # (B, H/4, W/4, w4)
+        x = self.stage8(self.down8(space_to_depth(x, 2)), code)
+        x = self.stage16(self.down16(space_to_depth(x, 2)), code)
+        return self.last(x)
+
+
+class Synthesis(nn.Module):
+    """g_s: latents y (B, h, w, M), linear reconstruction (B, 16·h, 16·w, 3), code (B,) -> what is added to it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        w4, w8, w16 = config.widths
+        self.first = nn.Linear(config.latent, w16)
+        self.up8 = nn.Linear(w16, 4 * w8)
+        self.up4 = nn.Linear(w8, 4 * w4)
+        self.linear8 = nn.Linear(192, w8)
+        self.linear4 = nn.Linear(48, w4)
+        stages = zip(config.widths, config.depths, strict=True)
+        self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
+        self.last = _zero(nn.Linear(w4, 48))
+
+    def forward(self, y: Tensor, linear: Tensor, code: Tensor) -> Tensor:
+        x = self.stage16(self.first(y), code)
+        x = depth_to_space(self.up8(x), 2) + self.linear8(space_to_depth(linear, 8))
+        x = self.stage8(x, code)
+        x = depth_to_space(self.up4(x), 2) + self.linear4(space_to_depth(linear, 4))
+        x = self.stage4(x, code)
+        return depth_to_space(self.last(x), 4)
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,140 @@
+"""Encoding and decoding of one RGB picture."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lic.container import Container, Header, tile_boxes
+from lic.errors import CorruptError, UnsupportedError
+from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING
+from lic.model.context import Geometry
+from lic.model.store import LoadedModel
+from lic.pipeline import windows
+from lic.pipeline.tile import CodedTile, Latents, Reader, Writer, code_tile
+
+TILE = 1024  # side of the tiles of an image with more pixels than LARGEST_TILE
+LARGEST_TILE = 1536 * 1536
+
+Progress = Callable[[int, int], None]  # tiles done, tiles in all
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A coded picture: what the decoder will show, and the float model's estimate of its streams in bits."""
+
+    container: Container
+    reconstruction: np.ndarray  # uint8 (H, W, 3)
+    estimated_bits: float
+    symbols_sha256: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    rgb: np.ndarray  # uint8 (H, W, 3)
+    symbols_sha256: str
+
+
+class _Symbols:
+    """Checksums of all symbols: per tile z then y, each (C, h, w) in raster order as little-endian int32."""
+
+    def __init__(self) -> None:
+        self.crc, self._sha = 0, hashlib.sha256()
+
+    def add(self, latents: Latents) -> None:
+        for tensor in (latents.z, latents.y):
+            data = tensor[0].permute(2, 0, 1).to(torch.int32).cpu().contiguous().numpy().astype("<i4").tobytes()
+            self.crc = zlib.crc32(data, self.crc)
+            self._sha.update(data)
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
+
+
+@torch.no_grad()
+def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progress: Progress | None = None) -> Encoded:
+    """Encode uint8 (H, W, 3) at a quality code of :mod:`lic.quality`."""
+    height, width, _ = rgb.shape
+    tile = TILE if height * width > LARGEST_TILE else 0
+    net = model.net
+    code = torch.tensor([float(quality_code)], device=model.device)
+    padding = ((0, -height % HYPER_DOWNSAMPLING), (0, -width % HYPER_DOWNSAMPLING), (0, 0))
+    padded = torch.from_numpy(np.pad(rgb, padding, mode="edge")).to(model.device)
+    y = windows.analysis(net, padded.unsqueeze(0).float() / 255 - 0.5, code)
+    dequantised = torch.empty_like(y)
+
+    boxes = list(_latent_boxes(width, height, tile))
+    checks, bits, tiles = _Symbols(), 0.0, []
+    for done, (geometry, rows, columns) in enumerate(boxes):
+        part = y[:, rows, columns]
+        known = Latents(torch.round(net.hyper_analysis(part, code)), torch.round(part))
+        writer = Writer()
+        coded = code_tile(model, geometry, quality_code, writer, known)
+        checks.add(coded.latents)
+        bits += coded.estimated_bits
+        tiles.append(tuple(writer.streams))
+        dequantised[:, rows, columns] = coded.dequantised
+        if progress:
+            progress(done + 1, len(boxes))
+    header = Header(
+        width=width,
+        height=height,
+        quality=quality_code,
+        model=model.info.name,
+        entropy_id=model.info.entropy_id,
+        synthesis_id=model.info.synthesis_id,
+        tile=tile,
+        streams=len(tiles[0]),
+        symbols_crc=checks.crc,
+    )
+    pixels = _pixels(model, dequantised, code, height, width)
+    return Encoded(Container(header, tuple(tiles)), pixels, bits, checks.hexdigest())
+
+
+@torch.no_grad()
+def decode_rgb(model: LoadedModel, container: Container, *, progress: Progress | None = None) -> Decoded:
+    """Decode a container made with this model. Raises CorruptError if the symbols are not those that were coded."""
+    header, net = container.header, model.net
+    if (header.entropy_id, header.synthesis_id) != (model.info.entropy_id, model.info.synthesis_id):
+        raise UnsupportedError(f"made with other weights: {header.model} {header.entropy_id.hex()}")
+    code = torch.tensor([float(header.quality)], device=model.device)
+    boxes = list(_latent_boxes(header.width, header.height, header.tile))
+    full = _geometry(header.width, header.height)
+    if header.streams != 1 + net.context.schedule.stream_of(net.context.schedule.steps(full) - 1) + 1:
+        raise CorruptError(f"damaged: {header.streams} streams do not fit the model {header.model}")
+    dequantised = torch.empty(1, full.height, full.width, net.config.latent, device=model.device)
+    checks = _Symbols()
+    for done, ((geometry, rows, columns), streams) in enumerate(zip(boxes, container.tiles, strict=True)):
+        coded: CodedTile = code_tile(model, geometry, header.quality, Reader(streams), None)
+        checks.add(coded.latents)
+        dequantised[:, rows, columns] = coded.dequantised
+        if progress:
+            progress(done + 1, len(boxes))
+    if checks.crc != header.symbols_crc:
+        raise CorruptError("the decoded symbols fail their checksum: damaged, or this machine computes differently")
+    return Decoded(_pixels(model, dequantised, code, header.height, header.width), checks.hexdigest())
+
+
+def _pixels(model: LoadedModel, dequantised: Tensor, code: Tensor, height: int, width: int) -> np.ndarray:
+    pixels = windows.synthesis(model.net, dequantised, code)
+    return pixels[0, :height, :width].cpu().numpy()
+
+
+def _geometry(width: int, height: int) -> Geometry:
+    """Latent grid of so many pixels, padded to whole hyper-latent positions."""
+    n = HYPER_DOWNSAMPLING // DOWNSAMPLING
+    return Geometry(1, -(-height // HYPER_DOWNSAMPLING) * n, -(-width // HYPER_DOWNSAMPLING) * n)
+
+
+def _latent_boxes(width: int, height: int, tile: int) -> Iterator[tuple[Geometry, slice, slice]]:
+    """Geometry of each tile and its rows and columns in the latent grid of the image."""
+    for x0, y0, x1, y1 in tile_boxes(width, height, tile):
+        geometry = _geometry(x1 - x0, y1 - y0)
+        top, left = y0 // DOWNSAMPLING, x0 // DOWNSAMPLING
+        yield geometry, slice(top, top + geometry.height), slice(left, left + geometry.width)

@@ -1,0 +1,1 @@
+"""Training: data, loss, schedule, export. Needs neither torchac nor a compiler."""

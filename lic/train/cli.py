@@ -1,0 +1,80 @@
+"""``lic train`` and ``lic export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--state", "folder", required=True, type=click.Path(path_type=Path), help="Folder of the run's state.")
+@click.option("--minutes", type=float, required=True, help="Length of this slice.")
+@click.option("--schedule-minutes", type=float, help="Length of the whole run (default: this slice).")
+@click.option("--model", default="base", show_default=True, help="Configuration of a new run.")
+@click.option("--init", type=click.Path(path_type=Path, exists=True), help="Weights file or state to start a new run from.")
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True)
+@click.option("--frozen-part", type=float, default=0.3, show_default=True, help="Share of the run with a linear analysis.")
+@click.option("--batch", type=int, default=4, show_default=True)
+@click.option("--crop", type=int, default=192, show_default=True)
+@click.option("--late-batch", type=int, default=2, show_default=True)
+@click.option("--late-crop", type=int, default=256, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--threads", type=int)
+def command(data, folder, minutes, schedule_minutes, init, device, threads, **settings):  # type: ignore[no-untyped-def]
+    """Train a model on DATA: tar files or folders of pictures.
+
+    A slice stops after --minutes and the next call with the same --state continues it exactly.
+    """
+    import torch
+
+    from lic.errors import LicError
+    from lic.pipeline.device import select_device
+    from lic.train.data import Pictures
+    from lic.train.trainer import Settings, Trainer, append_log, averaged_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    target = torch.device(select_device(device))
+    torch.set_float32_matmul_precision("high")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / "state.pt"
+    if state.exists():
+        trainer = Trainer.restore(state, target)
+    else:
+        trainer = Trainer(Settings(schedule_minutes=schedule_minutes or minutes, **settings), target)
+        if init is not None:
+            if init.suffix == ".pt":
+                trainer.start_from(averaged_model(init)[0].state_dict())
+            else:
+                from lic.model.store import load_file, read_info
+
+                trainer.start_from(load_file(read_info(init)).net.state_dict())
+    write = append_log(folder / "log.jsonl")
+
+    def log(entry: dict[str, object]) -> None:
+        write(entry)
+        click.echo(json.dumps(entry), err=True)
+
+    crops = (trainer.settings.crop, trainer.settings.late_crop, 144)
+    pictures = Pictures(list(data), target, max(crops), trainer.settings.seed)
+    try:
+        trainer.run(pictures, minutes, state, log)
+    except OSError as error:
+        raise LicError(f"cannot save the state: {error}") from error
+
+
+@click.command()
+@click.argument("state", type=click.Path(path_type=Path, exists=True))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the model (default: its configuration's).")
+@click.option("--data", required=True, help="What it was trained on, for the record inside the file.")
+@click.option("--rate-range", type=(float, float), help="Bits per pixel at quality 0 and 100, for `lic models`.")
+def export_command(state, target, name, data, rate_range):  # type: ignore[no-untyped-def]
+    """Turn the training STATE (a .pt file) into the weights file TARGET."""
+    from lic.train.export import export
+
+    export(state, target, name=name, data=data, rate_range=rate_range)

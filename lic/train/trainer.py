@@ -1,0 +1,250 @@
+"""The training loop: time-limited slices, resumable, one loss for all qualities.
+
+L = bits per pixel + λ·MSE(255²) per crop, weighted by λ^-0.4 so that every quality counts alike: the optimal cost
+itself grows about as λ^0.4.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lic.errors import LicError
+from lic.model.codec import CodecModel
+from lic.model.config import CONFIGS, Config
+from lic.model.layers import space_to_depth
+from lic.model.transforms import DOWNSAMPLING, lapped_basis
+from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
+from lic.train.data import Pictures
+
+STATE_VERSION = 1
+LOSS_EXPONENT = 0.4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Progress through it is trained time over ``schedule_minutes``."""
+
+    model: str = "base"
+    schedule_minutes: float = 120.0
+    learning_rate: float = 1e-3
+    warm_up_steps: int = 200
+    frozen_part: float = 0.3  # share of the run with the linear analysis and the entropy model as density model
+    batch: int = 4
+    crop: int = 192
+    late_batch: int = 2  # batch and crop of the last quarter
+    late_crop: int = 256
+    ema: float = 0.998
+    clip: float = 1.0
+    seed: int = 1
+
+
+class Trainer:
+    """Everything that a slice of training saves and restores."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        torch.manual_seed(settings.seed)
+        self.model = CodecModel(CONFIGS[settings.model]).to(device)
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model), betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+        )
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.step, self.seconds, self.pixels = 0, 0.0, 0
+        self.fresh = True  # the shortcut still has to be fitted to the pictures
+        self.first_step = 0  # of the present optimiser state: warm-up counts from it
+
+    def save(self, path: Path) -> None:
+        """Write the state, atomically."""
+        state = {
+            "version": STATE_VERSION,
+            "settings": asdict(self.settings),
+            "config": self.model.config.to_json(),
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "first_step": self.first_step,
+            "seconds": self.seconds,
+            "pixels": self.pixels,
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def restore(cls, path: Path, device: torch.device) -> Trainer:
+        """Continue exactly where :meth:`save` was called. Raises LicError on a state of another version."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("version") != STATE_VERSION:
+            raise LicError(f"{path}: state version {state.get('version')}, this lic needs {STATE_VERSION}")
+        trainer = cls(Settings(**state["settings"]), device)
+        trainer.model.load_state_dict(state["model"])
+        trainer.average = {k: v.to(device) for k, v in state["average"].items()}
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.step, trainer.seconds, trainer.pixels = state["step"], state["seconds"], state["pixels"]
+        trainer.first_step = state["first_step"]
+        trainer.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        trainer.fresh = False
+        return trainer
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew."""
+        self.model.load_state_dict(weights)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.fresh = False
+
+    def run(self, pictures: Pictures, minutes: float, state: Path, log: Callable[[dict[str, Any]], None]) -> None:
+        """Train for so many minutes or to the end of the schedule, saving every two minutes and at the end."""
+        pictures.wait()
+        if self.fresh:
+            self.fit_shortcut(pictures)
+            self.fresh = False
+        end = time.monotonic() + minutes * 60
+        last = saved = time.monotonic()
+        sums: Tensor | None = None
+        loss_of = torch.compile(self.loss) if self.device.type == "cuda" else self.loss
+        while True:
+            metrics = self._train_step(pictures, loss_of)
+            sums = metrics if sums is None else sums + metrics
+            now = time.monotonic()
+            self.seconds += now - last
+            last = now
+            progress = self.progress()
+            finished = progress >= 1 or now >= end
+            if self.step % 50 == 0 or finished:
+                pictures.refresh()
+                loss, bpp, z_bpp, mse = (sums[:-1] / sums[-1]).tolist()
+                if not math.isfinite(loss):
+                    raise LicError(f"the loss is not finite at step {self.step}; the state of the last save is intact")
+                log({"step": self.step, "minutes": round(self.seconds / 60, 2), "mpx": round(self.pixels / 1e6, 1),
+                     "progress": round(progress, 4), "lr": self.learning_rate(), "pictures": pictures.count,
+                     "loss": round(loss, 5), "bpp": round(bpp, 4), "z_bpp": round(z_bpp, 4), "mse": round(mse, 3)})  # fmt: skip
+                sums = None
+                if finished or now - saved > 120:
+                    self.save(state)
+                    saved = now
+            if finished:
+                return
+
+    def progress(self) -> float:
+        """Part of the schedule that is over."""
+        return self.seconds / (60 * self.settings.schedule_minutes)
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then cosine to zero."""
+        warm = min(1.0, (self.step - self.first_step + 1) / self.settings.warm_up_steps)
+        return self.settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress())))
+
+    def loss(self, x: Tensor, code: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
+        """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, MSE, 1)."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            out = self.model(x, code, frozen_latents=frozen)
+        pixels = x.shape[1] * x.shape[2]
+        bpp = (out.y_bits + out.z_bits) / pixels
+        mse = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
+        log_lambda = math.log(MIN_LAMBDA) + code / MAX_CODE * math.log(MAX_LAMBDA / MIN_LAMBDA)
+        weight = torch.exp(-LOSS_EXPONENT * log_lambda)
+        cost = weight * (bpp + torch.exp(log_lambda) * mse)
+        loss = cost.mean() / 10
+        return loss, torch.stack([loss, bpp.mean(), out.z_bits.mean() / pixels, mse.mean(), loss.new_ones(())]).detach()
+
+    def _train_step(self, pictures: Pictures, loss_of: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        s = self.settings
+        late = self.progress() > 0.75
+        batch, crop = (s.late_batch, s.late_crop) if late else (s.batch, s.crop)
+        x, code = self.sample(pictures, batch, crop)
+        frozen = self.progress() < s.frozen_part
+        for group in self.optimizer.param_groups:
+            held = frozen and group["name"] == "shortcut"  # also the linear analysis: decoder gradients alone would bend it
+            group["lr"] = 0.0 if held else self.learning_rate() * group["factor"]
+        loss, metrics = loss_of(x, code, frozen)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        self.optimizer.step()
+        self.step += 1
+        self.pixels += batch * crop * crop
+        decay = min(s.ema, 1 - 1 / (1 + 0.1 * (self.step - self.first_step + 1)))
+        with torch.no_grad():
+            current = self.model.state_dict()
+            torch._foreach_lerp_(list(self.average.values()), [current[k] for k in self.average], 1 - decay)
+        return metrics
+
+    def sample(self, pictures: Pictures, batch: int, crop: int) -> tuple[Tensor, Tensor]:
+        """A batch (B, crop, crop, 3) in [-0.5, 0.5], half of it from scaled-down pictures, and its quality codes."""
+        half = batch // 2
+        crops = [
+            pool.crops(n, crop, self.generator)
+            for pool, n in zip(pictures.pools, (half, batch - half), strict=True)
+        ]
+        u = torch.rand(batch, generator=self.generator, device=self.device)
+        u[:half] *= 0.75  # lightly compressed originals would teach the highest qualities to drop detail
+        return torch.cat(crops).float() / 255 - 0.5, u * MAX_CODE
+
+    @torch.no_grad()
+    def fit_shortcut(self, pictures: Pictures) -> None:
+        """Choose the shortcut's basis from the covariance of lapped coefficients of random crops."""
+        lapped = torch.from_numpy(lapped_basis(DOWNSAMPLING)).float()
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        covariance, count = np.zeros((768, 768)), 0
+        for _ in range(64):
+            for pool in pictures.pools:
+                x = pool.crops(8, 144, generator).cpu().float() / 255 - 0.5
+                blocks = space_to_depth(x, DOWNSAMPLING).unflatten(-1, (16, 16, 3))
+                four = torch.stack([blocks[:, i : i + 8, j : j + 8] for i in (0, 1) for j in (0, 1)], dim=3)
+                four = four.unflatten(3, (2, 2)).permute(0, 1, 2, 3, 5, 4, 6, 7).reshape(8, 8, 8, 32, 32, 3)
+                y = torch.einsum("kp,lq,bijpqc->bijklc", lapped, lapped, four).reshape(-1, 768).double()
+                covariance += (y.T @ y).numpy()
+                count += len(y)
+        variance = self.model.shortcut.set_basis(covariance / count)
+        self.model.sigma.copy_(torch.from_numpy(np.sqrt(variance)))
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+
+def _parameter_groups(model: CodecModel) -> list[dict[str, Any]]:
+    """Learning rates relative to the networks': the fitted basis moves slowly, the few table entries quickly."""
+    groups: dict[str, dict[str, Any]] = {
+        "networks": {"factor": 1.0},
+        "shortcut": {"factor": 0.03},
+        "tables": {"factor": 5.0},
+    }
+    for name, group in groups.items():
+        group |= {"name": name, "params": []}
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        kind = "shortcut" if part == "shortcut" else "tables" if part in ("prior", "log_gain", "log_igain") else "networks"
+        groups[kind]["params"].append(parameter)
+    return list(groups.values())
+
+
+def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
+    """The model with the averaged weights of a saved state, on the CPU, and the state's bookkeeping."""
+    state = torch.load(state_path, map_location="cpu", weights_only=True)
+    model = CodecModel(Config.from_json(state["config"]))
+    model.load_state_dict(state["average"])
+    return model.eval(), {k: state[k] for k in ("settings", "step", "seconds", "pixels")}
+
+
+def append_log(path: Path) -> Callable[[dict[str, Any]], None]:
+    """A function that appends one JSON line per call."""
+
+    def write(entry: dict[str, Any]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    return write
