@@ -24,7 +24,7 @@ from lic.bench.bdrate import Curve, bd_rate, dump_curves, load_curves, overlap
 from lic.bench.cli import command
 from lic.bench.measure import Failure, RowStore, measure
 from lic.bench.metrics import MAX_PSNR, ms_ssim, ms_ssim_db, psnr
-from lic.bench.peers import PEERS, Peer, PeerCache, measure_peers
+from lic.bench.peers import PEERS, Peer, PeerCache, measure_peer
 from lic.bench.pictures import find
 from lic.bench.plot import svg_chart
 from lic.bench.report import summarise
@@ -207,7 +207,7 @@ def test_load_gives_upright_rgb_and_refuses_16_bits(tmp_path: Path) -> None:
 def test_peers_spend_more_bits_on_more_quality(tmp_path: Path, peer: Peer) -> None:
     pictures = find([save(tmp_path / "a.png", photo(64, 64))])
     few = replace(peer, qualities=(10, 50, 90))
-    (curve,) = measure_peers(pictures, PeerCache(tmp_path / "peers.json"), [few])
+    curve = measure_peer(few, pictures, PeerCache(tmp_path / "peers.json"))
     assert curve.psnr is not None and curve.ms_ssim is not None
     assert list(curve.bpp) == sorted(curve.bpp) and list(curve.psnr) == sorted(curve.psnr)
     assert "Pillow" in curve.source
@@ -437,10 +437,26 @@ def test_command_writes_a_whole_report(folder: Path, run) -> None:
 
 
 def test_command_compares_with_peers(folder: Path, run, monkeypatch) -> None:
-    monkeypatch.setattr("lic.bench.peers.PEERS", (replace(PEERS[0], qualities=(20, 60, 95)),))
-    assert run(FakeCodec()).exit_code == 0
+    jpeg = replace(PEERS[0], qualities=(20, 60, 95))
+    absent = replace(jpeg, name="gone", feature="webp_of_tomorrow")
+    monkeypatch.setattr("lic.bench.peers.PEERS", (jpeg, absent))
+    monkeypatch.setattr(Peer, "available", lambda peer: peer.name != "gone")
+    result = run(FakeCodec())
+    assert result.exit_code == 0
+    assert "left out: gone" in result.stderr
     results = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
     assert [line["reference"] for line in results["bd_rate"]] == ["JPEG 4:2:0"]
+    assert [curve.name for curve in load_curves(folder / "out" / "peer_curves.json")] == ["JPEG 4:2:0"]
+
+
+def test_command_goes_on_after_an_unreadable_picture(folder: Path, run, monkeypatch) -> None:
+    (folder / "in" / "bad.png").write_text("no picture")
+    monkeypatch.setattr("lic.bench.peers.PEERS", (replace(PEERS[0], qualities=(20, 95)),))
+    result = run(FakeCodec())
+    assert isinstance(result.exception, LicError) and "3 problems" in str(result.exception)
+    results = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
+    assert {line["images"] for line in results["summary"]} == {2}
+    assert len(results["bd_rate"]) == 1 and len(results["failures"]) == 3
 
 
 def test_command_lists_problems_and_fails(folder: Path, run) -> None:

@@ -62,12 +62,15 @@ def command(
     report.md, results.json, results.csv, curves.json, plots and the files themselves. Exit code 1 if a
     file fails: decoded pixels differ from the encoder's, or it is larger than the model's estimate allows.
     """
-    from tqdm import tqdm
+    try:
+        from tqdm import tqdm
 
-    from lic.bench import measure, pictures, report
-    from lic.bench.bdrate import load_curves
-    from lic.bench.codec import open_codec
-    from lic.bench.peers import PEERS, PeerCache, measure_peers
+        from lic.bench import measure, pictures, report
+        from lic.bench.bdrate import load_curves
+        from lic.bench.codec import open_codec
+        from lic.bench.peers import PEERS, PeerCache, measure_peer
+    except ModuleNotFoundError as error:
+        raise LicError(f"lic bench needs {error.name}, which is not installed") from error
 
     def say(text: str) -> None:
         if not quiet:
@@ -89,15 +92,17 @@ def command(
     with _bar(len(found) * len(qualities), codec.name, quiet) as bar:
         rows, failures = measure.measure(codec, found, qualities, output_dir, on_row)
 
-    references = []
-    if peers:
-        if missing := [peer.name for peer in PEERS if not peer.available()]:
-            say(f"this Pillow has no {', '.join(missing)}: left out")
-        usable = [peer for peer in PEERS if peer.available()]
-        with _bar(len(found) * len(usable), "peers", quiet) as bar:
+    peer_curves = []
+    complete = report.complete_images(rows)
+    measured = [picture for picture in found if picture.sha256 in complete]
+    if peers and measured:
+        with _bar(len(measured) * len(PEERS), "peers", quiet) as bar:
             cache = PeerCache(output_dir / "peers.json")
-            references = measure_peers(found, cache, usable, bar.update)
-    references += anchors
+            for peer in PEERS:
+                try:
+                    peer_curves.append(measure_peer(peer, measured, cache, bar.update))
+                except LicError as error:
+                    say(f"left out: {error}")
 
     config = {
         "images": [str(picture.path) for picture in found],
@@ -106,7 +111,7 @@ def command(
         "weights_sha256": codec.weights_sha256,
         "anchor_files": list(map(str, anchor_file)),
     }
-    result = report.make_report(config, measure.environment(codec), rows, failures, references)
+    result = report.make_report(config, measure.environment(codec), rows, failures, peer_curves, anchors)
     written = report.write(result, output_dir)
     say("\n" + report.text_table(report.summary_table(result)))
     if result.comparisons:

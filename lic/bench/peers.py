@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ class Peer:
         return f"Pillow {pillow_version}, {self.library} {_version(self.feature)}, {options}"
 
     def encode(self, rgb: Pixels, quality: int) -> bytes:
-        """The whole file of an image (H, W, 3). Raises LicError if the codec refuses it."""
+        """The whole file of an image (H, W, 3). Raises LicError if the codec is missing or refuses it."""
+        if not self.available():
+            raise LicError(f"{self.name}: this Pillow does not have it")
         buffer = io.BytesIO()
         try:
             Image.fromarray(rgb).save(buffer, format=self.format, quality=quality, **self.options)
@@ -111,25 +113,23 @@ class PeerCache:
         os.replace(temporary, self.path)
 
 
-def measure_peers(
-    pictures: Sequence[Picture], cache: PeerCache, peers: Iterable[Peer] = PEERS,
+def measure_peer(
+    peer: Peer,
+    pictures: Sequence[Picture],
+    cache: PeerCache,
     on_picture: Callable[[], object] = lambda: None,
-) -> list[Curve]:  # fmt: skip
-    """One curve per peer, means over ``pictures``; ``on_picture`` is called after each.
+) -> Curve:
+    """Means over ``pictures`` at each quality of ``peer``; ``on_picture`` is called after each picture.
 
-    Raises LicError if a picture cannot be read or a codec refuses it.
+    Raises LicError if a picture cannot be read or the codec refuses it.
     """
-    curves = []
-    for peer in peers:
-        rows = []
-        for picture in pictures:
-            rows.append(cache.measure(peer, picture))
-            on_picture()
-        table = np.array([[(row.bpp, row.psnr, row.ms_ssim) for row in image] for image in rows])
-        means = table.mean(axis=0)  # (qualities, 3)
-        bpp, psnrs, ms_ssims = (tuple(map(float, column)) for column in means.T)
-        curves.append(Curve(peer.name, bpp, psnrs, ms_ssims, peer.source()))
-    return curves
+    rows = []
+    for picture in pictures:
+        rows.append(cache.measure(peer, picture))
+        on_picture()
+    table = np.array([[(row.bpp, row.psnr, row.ms_ssim) for row in image] for image in rows])
+    bpp, psnrs, ms_ssims = (tuple(map(float, column)) for column in table.mean(axis=0).T)
+    return Curve(peer.name, bpp, psnrs, ms_ssims, peer.source())
 
 
 def _measure(peer: Peer, picture: Picture, rgb: Pixels, quality: int) -> PeerRow:

@@ -69,8 +69,14 @@ class Report:
     failures: Sequence[Failure]
     summary: Sequence[Summary]
     curve: Curve
-    references: Sequence[Curve]
+    peers: Sequence[Curve]  # measured on the same pictures
+    anchors: Sequence[Curve]  # from files
     comparisons: Sequence[Comparison]
+
+    @property
+    def curves(self) -> list[Curve]:
+        """All of them, the model's first."""
+        return [self.curve, *self.peers, *self.anchors]
 
     @property
     def peak_memory_mb(self) -> float | None:
@@ -83,31 +89,41 @@ def make_report(
     environment: Mapping[str, Any],
     rows: Sequence[Row],
     failures: Sequence[Failure],
-    references: Sequence[Curve],
+    peers: Sequence[Curve],
+    anchors: Sequence[Curve],
 ) -> Report:
-    """Means and BD-rates of ``rows``, which come from one model, against ``references``."""
+    """Means and BD-rates of ``rows``, which come from one model, against ``peers`` and ``anchors``."""
     summary = summarise(rows)
     name = f"lic {rows[0].model}" if rows else "lic"
     source = "" if not rows else f"weights {rows[0].weights_sha256[:16]}, {rows[0].device}"
     points = {key: tuple(getattr(line, key) for line in summary) for key in ("bpp", "psnr", "ms_ssim")}
     curve = Curve(name, **points, source=source)
-    comparisons = [compare(curve, reference) for reference in references]
-    return Report(config, environment, rows, failures, summary, curve, references, comparisons)
+    comparisons = [compare(curve, reference) for reference in (*peers, *anchors)]
+    return Report(config, environment, rows, failures, summary, curve, peers, anchors, comparisons)
+
+
+def complete_images(rows: Sequence[Row]) -> set[str]:
+    """SHA-256 of the pictures that have a row at every quality.
+
+    Means are over these only: a picture that failed somewhere is left out everywhere, since points over
+    different pictures make no curve.
+    """
+    codes = {row.quality_code for row in rows}
+    seen: dict[str, set[int]] = {}
+    for row in rows:
+        seen.setdefault(row.image_sha256, set()).add(row.quality_code)
+    return {image for image, done in seen.items() if done == codes}
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
-    """Means per quality, in order of quality, over the pictures that have a row at every quality.
-
-    A picture that failed somewhere is left out everywhere: points over different pictures make no curve.
-    """
-    codes = sorted({row.quality_code for row in rows})
-    by_image: dict[str, dict[int, Row]] = {}
+    """Means per quality, in order of quality, over :func:`complete_images`."""
+    complete = complete_images(rows)
+    columns: dict[int, list[Row]] = {}
     for row in rows:
-        by_image.setdefault(row.image_sha256, {})[row.quality_code] = row
-    complete = [image for image in by_image.values() if len(image) == len(codes)]
+        if row.image_sha256 in complete:
+            columns.setdefault(row.quality_code, []).append(row)
     result = []
-    for code in codes if complete else []:
-        column = [image[code] for image in complete]
+    for _, column in sorted(columns.items()):
         means = {key: float(np.mean([getattr(row, key) for row in column])) for key in MEANS}
         estimate = sum(row.estimated_bits for row in column)
         streams = sum((row.bytes - row.framing_bytes) * 8 for row in column)
@@ -185,13 +201,12 @@ def markdown(report: Report) -> str:
 
 def html_page(report: Report) -> str:
     """One self-contained page: tables and charts."""
-    curves = [report.curve, *report.references]
     parts = [
         "<!doctype html><meta charset=utf-8>", f"<title>{html.escape(report.curve.name)}</title>",
         f"<style>{STYLE}</style>", f"<h1>{html.escape(report.curve.name)}</h1>",
         f"<p>{html.escape(_facts_line(report))}</p>",
     ]  # fmt: skip
-    parts += [svg_chart(curves, metric) for metric in LABELS]
+    parts += [svg_chart(report.curves, metric) for metric in LABELS]
     per_image = [["image", "quality", "bytes", "bpp", "PSNR dB", "MS-SSIM", "encode s", "decode s"]]
     for row in report.rows:
         per_image.append([
@@ -211,7 +226,6 @@ def html_page(report: Report) -> str:
 
 def write(report: Report, folder: Path) -> list[Path]:
     """Write every file of the report into ``folder``; returns the paths, plots only with matplotlib."""
-    curves = [report.curve, *report.references]
     about = (
         "Means over the pictures of one run of lic bench: bpp of whole files, RGB PSNR in dB, linear MS-SSIM."
     )
@@ -222,9 +236,11 @@ def write(report: Report, folder: Path) -> list[Path]:
         "report.md": markdown(report),
         "report.html": html_page(report),
     }
+    if report.peers:
+        texts["peer_curves.json"] = dump_curves(report.peers, about)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    plots = [path for metric in LABELS if png_chart(curves, metric, path := folder / f"{metric}.png")]
+    plots = [path for metric in LABELS if png_chart(report.curves, metric, path := folder / f"{metric}.png")]
     return [*(folder / name for name in texts), *plots]
 
 
