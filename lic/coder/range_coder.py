@@ -6,9 +6,9 @@ State: an interval ``[low, high]`` of 32-bit numbers. A symbol with ``[c, d) / 6
     high = low + (span · d >> 16) - 1
     low  = low + (span · c >> 16)
 
-Then leading bits that both ends share are shifted out, and after them every second bit while low begins with 01
-and high with 10 (the bit is pending: the opposite of the next one written). All shifts of one symbol are done at
-once.
+Then leading bits that both ends share are shifted out, and after them every second bit while low begins with
+01 and high with 10 (the bit is pending: the opposite of the next one written). All shifts of one symbol are
+done at once.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Tables:
         for name, dtype in types.items():
             if arrays[name].dtype != dtype:
                 raise ValueError(f"coder table {name} must be {np.dtype(dtype).name}")
-        return cls(**{name: np.array(arrays[name]) for name in types})  # type: ignore[arg-type]
+        return cls(**{name: np.array(arrays[name]) for name in types})
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -124,7 +124,8 @@ class Tables:
 
     @property
     def _widths(self) -> IntArray:
-        return np.diff(self.cdf.astype(np.int32), axis=1)
+        cdf = self.cdf.astype(np.int32)
+        return cdf[:, 1:] - cdf[:, :-1]
 
 
 def gaussian_tables(scales: npt.ArrayLike = SCALES, fractions: int = 8) -> Tables:

@@ -2,9 +2,9 @@
 
 torchac compiles itself with torch's extension builder whenever it is imported. As it comes, that prints on
 stdout, needs ninja even when there is nothing to build, and waits for ever for the lock of a build that was
-killed. So the builder is replaced during the import: a finished build is loaded from its path; a new one is made
-in a folder of its own, under a lock that the system releases when its holder dies, and moved into place when
-complete.
+killed. So the builder is replaced during the import: a finished build is loaded from its path; a new one is
+made in a folder of its own, under a lock that the system releases when its holder dies, and moved into
+place at the end.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _build(original: Builder, name: str, sources: list[str], target: Path) -> Mo
     compiler = str(get_cxx_compiler())  # type: ignore[no-untyped-call]
     for program, remedy in ((compiler.split()[0], "g++"), ("ninja", "ninja")):
         if shutil.which(program, path=search) is None:
-            raise RuntimeError(f"{program} not found, install {remedy} to compile it")
+            raise RuntimeError(f"{program} not found, install {remedy} to compile torchac")
     _log.info("compiling torchac, once; this takes about half a minute")
     folder = tempfile.mkdtemp(prefix="build-", dir=target.parent)
     os.environ["PATH"] = search
