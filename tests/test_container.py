@@ -1,0 +1,312 @@
+"""Behaviour of the container: layout, limits, messages, the worked example of the specification."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lic.container import (
+    FORMAT_VERSION,
+    MAGIC,
+    MAX_STREAMS,
+    Container,
+    Header,
+    Section,
+    layout,
+    pack,
+    parse,
+    parse_header,
+    tile_boxes,
+)
+from lic.errors import CorruptError, UnsupportedError
+from lic.quality import MAX_CODE
+
+HEADER = Header(
+    width=300,
+    height=200,
+    quality=22500,
+    model="base",
+    entropy_id=bytes.fromhex("01234567"),
+    synthesis_id=bytes.fromhex("89ab"),
+    tile=256,
+    streams=3,
+    symbols_crc=0xDEADBEEF,
+    effort=7,
+)
+EXAMPLE = Container(
+    HEADER,
+    tiles=((b"\xc0\xc1\xc2", b"\xd0\xd1", b"\xe0"), (b"\xc8", b"", b"\xe8\xe9")),
+    sections=(Section("teXt", b"hi"),),
+)
+SECTION_TABLE = 29  # its offset in the example
+
+
+def one_tile(stream_sizes: list[int], **fields: Any) -> Container:
+    header = replace(HEADER, tile=0, streams=len(stream_sizes), **fields)
+    return Container(header, (tuple(bytes(size) for size in stream_sizes),))
+
+
+def with_checksum(body: bytes) -> bytes:
+    return body + struct.pack(">I", zlib.crc32(body))
+
+
+def changed(data: bytes, offset: int, value: int) -> bytes:
+    """``data`` with one byte replaced and the checksum made right again."""
+    return with_checksum(data[:offset] + bytes([value]) + data[offset + 1 : -4])
+
+
+def test_worked_example_of_the_specification() -> None:
+    text = (Path(__file__).parents[1] / "bitstream_spec.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n([0-9a-f \n]+)\n```", text.split("## 7 Worked example")[1])
+    assert pack(EXAMPLE) == bytes.fromhex(blocks[0])
+    rows = re.findall(r"^\| (\d+) \| ([0-9a-f ]+|\(empty\)) \|", text, flags=re.MULTILINE)
+    listed = b"".join(bytes.fromhex(hexes) for _, hexes in rows if hexes != "(empty)")
+    assert listed == pack(EXAMPLE)
+
+
+def test_round_trip_of_the_example() -> None:
+    assert parse(pack(EXAMPLE)) == EXAMPLE
+
+
+@pytest.mark.parametrize("size", [(768, 512), (512, 768), (4000, 3000)])
+@pytest.mark.parametrize("stream", [0, 100, 5_000, 65_535])
+def test_framing_stays_in_its_budget(size: tuple[int, int], stream: int) -> None:
+    container = one_tile([stream] * 9, width=size[0], height=size[1], quality=MAX_CODE, effort=9)
+    assert len(pack(container)) - 9 * stream <= 28 + 2 * (9 + 1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2**32), (2**32, 1), (2**32, 2**32)])
+def test_extreme_sizes_are_expressible(size: tuple[int, int]) -> None:
+    container = one_tile([1, 2], width=size[0], height=size[1])
+    assert parse(pack(container), max_pixels=None) == container
+
+
+def test_streams_stand_stream_by_stream_behind_the_header() -> None:
+    data = pack(EXAMPLE)
+    index = parse_header(data)
+    assert data[index.payload :].startswith(
+        b"\xc0\xc1\xc2" + b"\xc8" + b"\xd0\xd1" + b"" + b"\xe0" + b"\xe8\xe9"
+    )
+    assert index.lengths == (3, 1, 2, 0, 1, 2)
+    assert index.sections == (("teXt", 2),)
+    assert index.tiles == 2
+    assert index.file_size == len(data)
+
+
+def test_header_is_readable_without_the_streams() -> None:
+    data = pack(EXAMPLE)
+    front = data[: parse_header(data).payload]
+    assert parse_header(front) == parse_header(data)
+    assert parse_header(front).header == HEADER
+    with pytest.raises(CorruptError, match="truncated: the file ends inside its header"):
+        parse_header(front[:-1])
+
+
+def test_layout_covers_the_file_without_gaps() -> None:
+    data = pack(EXAMPLE)
+    parts = layout(data)
+    assert [part.name for part in parts] == [
+        "header",
+        "hyper, tile 0",
+        "hyper, tile 1",
+        "group 0, tile 0",
+        "group 0, tile 1",
+        "group 1, tile 0",
+        "group 1, tile 1",
+        "teXt",
+        "checksum",
+    ]
+    assert [part.offset for part in parts] == [sum(p.size for p in parts[:i]) for i in range(len(parts))]
+    assert parts[-1].offset + parts[-1].size == len(data)
+    assert layout(data[:50]) == parts
+    assert [part.name for part in layout(pack(one_tile([1, 1, 1])))] == [
+        "header",
+        "hyper",
+        "group 0",
+        "group 1",
+        "checksum",
+    ]
+
+
+def test_tile_boxes_cover_the_picture_in_raster_order() -> None:
+    assert tile_boxes(300, 200, 128) == [
+        (0, 0, 128, 128),
+        (128, 0, 256, 128),
+        (256, 0, 300, 128),
+        (0, 128, 128, 200),
+        (128, 128, 256, 200),
+        (256, 128, 300, 200),
+    ]
+    assert tile_boxes(300, 200, 0) == [(0, 0, 300, 200)]
+    assert tile_boxes(300, 200, 1024) == [(0, 0, 300, 200)]
+    assert tile_boxes(128, 64, 64) == [(0, 0, 64, 64), (64, 0, 128, 64)]
+
+
+def test_foreign_and_empty_files() -> None:
+    with pytest.raises(CorruptError, match="empty file"):
+        parse(b"")
+    for data in (b"\x89PNG\r\n\x1a\n" + bytes(100), b"hello", b"\n", MAGIC[:2] + b"X", b"\xff" * 1000):
+        with pytest.raises(CorruptError, match=r"not a \.lic file"):
+            parse(data)
+
+
+def test_truncated_file_says_how_much_is_missing() -> None:
+    data = pack(EXAMPLE)
+    for size in range(parse_header(data).payload, len(data)):
+        with pytest.raises(CorruptError, match=f"^truncated: {size} of {len(data)} bytes$"):
+            parse(data[:size])
+    for size in range(1, parse_header(data).payload):
+        with pytest.raises(
+            CorruptError, match=f"^truncated: the file ends inside its header, after {size} bytes$"
+        ):
+            parse(data[:size])
+
+
+def test_trailing_data_is_told_from_damage() -> None:
+    data = pack(EXAMPLE)
+    with pytest.raises(CorruptError, match=r"^7 bytes of other data after the end of the file$"):
+        parse(data + bytes(7))
+    with pytest.raises(CorruptError, match="damaged: the checksum does not match"):
+        parse(data[:-5] + b"?" + data[-4:] + bytes(7))
+
+
+def test_newer_version_asks_for_an_upgrade() -> None:
+    newer = changed(pack(EXAMPLE), 3, (FORMAT_VERSION + 1) << 2)
+    for read in (parse, parse_header, layout):
+        with pytest.raises(UnsupportedError, match=f"format version {FORMAT_VERSION + 1} .*upgrade lic"):
+            read(newer)
+    with pytest.raises(UnsupportedError, match="format version"):
+        parse(MAGIC + bytes([(FORMAT_VERSION + 1) << 2]))
+
+
+def test_reserved_values_are_unsupported_in_whole_files_only() -> None:
+    data = pack(EXAMPLE)
+    coder = changed(data, 3, data[3] | 1)
+    colour = changed(data, 17, data[17] | 1 << 5)
+    for changed_data, message in ((coder, "coder 1 is unknown"), (colour, "colour format 1 is unknown")):
+        with pytest.raises(UnsupportedError, match=message):
+            parse(changed_data)
+        with pytest.raises(CorruptError, match="checksum"):
+            parse(changed_data[:-4] + data[-4:])
+        parse_header(changed_data)  # lic info still has something to show
+
+
+def test_unknown_sections() -> None:
+    data = pack(EXAMPLE)
+    assert data[SECTION_TABLE + 1 : SECTION_TABLE + 5] == b"teXt"
+    assert parse(data).sections == EXAMPLE.sections
+    with pytest.raises(UnsupportedError, match="section TeXt is needed"):
+        parse(changed(data, SECTION_TABLE + 1, ord("T")))
+    for offset, value in ((1, ord("1")), (2, 0xC3), (4, ord("\n"))):
+        with pytest.raises(CorruptError, match="section kind"):
+            parse(changed(data, SECTION_TABLE + offset, value))
+    with pytest.raises(CorruptError, match="empty section table"):
+        parse(changed(data, SECTION_TABLE, 0))
+
+
+def test_pixel_limit() -> None:
+    data = pack(one_tile([1, 1], width=1000, height=500))
+    assert parse(data, max_pixels=500_000).header.width == 1000
+    with pytest.raises(UnsupportedError, match=r"1000x500 .*499999 pixels.*--max-pixels"):
+        parse(data, max_pixels=499_999)
+    huge = pack(one_tile([1, 1], width=100_000, height=100_000))
+    with pytest.raises(UnsupportedError, match="--max-pixels"):
+        parse(huge)
+    assert parse(huge, max_pixels=None).header.height == 100_000
+
+
+def variable_part(bits: str, *, tiled: bool = False, streams: int = 2) -> bytes:
+    """A file whose variable part is ``bits``, padded with zeros, and nothing after it but a checksum."""
+    fixed = bytearray(pack(one_tile([0] * streams))[:18])
+    fixed[17] = fixed[17] & 0xFE | tiled
+    bits += "0" * (-len(bits) % 8)
+    return with_checksum(bytes(fixed) + int(bits, 2).to_bytes(len(bits) // 8, "big"))
+
+
+NAME = "000001" + "000000"  # no sections, one letter, "a"
+SIZE_1X1 = "00000" + "0" + "0"
+EMPTY_LENGTHS = "00000" + "0" + "0"
+
+
+def test_hand_written_variable_part_parses() -> None:
+    assert parse(variable_part(NAME + SIZE_1X1 + EMPTY_LENGTHS)).header.model == "a"
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ("000000" + SIZE_1X1 + EMPTY_LENGTHS, "model name"),  # no name
+        ("000001" + "100111" + SIZE_1X1 + EMPTY_LENGTHS, "model name"),  # letter 39
+        (NAME + "00001" + "01" + "00" + EMPTY_LENGTHS, "longer than they need be"),
+        (NAME + SIZE_1X1 + "00111" + "00000000" * 2, "longer than they need be"),
+        (NAME + SIZE_1X1 + EMPTY_LENGTHS + "1", "padding"),
+        (NAME + SIZE_1X1 + "11111" + "1" * 64, "truncated: 33 of 8589934623 bytes"),
+    ],
+)
+def test_rules_of_the_variable_part(bits: str, message: str) -> None:
+    with pytest.raises(CorruptError, match=message):
+        parse(variable_part(bits))
+
+
+def test_hostile_tile_counts_fail_before_anything_is_read() -> None:
+    largest = "11111" + "1" * 64  # 2**32 x 2**32 pixels
+    with pytest.raises(CorruptError, match=f"more than {MAX_STREAMS} streams"):
+        parse(variable_part(NAME + largest + "0" * 16, tiled=True), max_pixels=None)
+    most = "01110" + "1" * 15 + "0" * 15  # 512 tiles of 255 streams, whose lengths are not there
+    with pytest.raises(CorruptError, match="truncated: the file ends inside its header"):
+        parse(variable_part(NAME + most + "0" * 16, tiled=True, streams=255))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"width": 0},
+        {"height": 2**32 + 1},
+        {"quality": MAX_CODE + 1},
+        {"quality": -1},
+        {"model": ""},
+        {"model": "x" * 32},
+        {"model": "Base"},
+        {"model": "a/b"},
+        {"entropy_id": b"123"},
+        {"synthesis_id": b"123"},
+        {"tile": 100},
+        {"tile": -64},
+        {"tile": 2**22 + 64},
+        {"streams": 1},
+        {"streams": 256},
+        {"symbols_crc": 2**32},
+        {"coder": 1},
+        {"colour": 1},
+        {"effort": 10},
+        {"width": 2**32, "tile": 64},
+    ],
+)
+def test_pack_refuses_fields_out_of_range(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        pack(replace(EXAMPLE, header=replace(HEADER, **fields)))
+
+
+def test_pack_refuses_streams_and_sections_that_do_not_fit() -> None:
+    for tiles in ((), EXAMPLE.tiles[:1], (EXAMPLE.tiles[0], EXAMPLE.tiles[1][:2])):
+        with pytest.raises(ValueError, match="2 tiles of 3 streams"):
+            pack(replace(EXAMPLE, tiles=tiles))
+    for sections in ((Section("abc", b""),), (Section("ab1d", b""),), (Section("Abcd", b""),)):
+        with pytest.raises(ValueError, match="section"):
+            pack(replace(EXAMPLE, sections=sections))
+    with pytest.raises(ValueError, match="255 sections"):
+        pack(replace(EXAMPLE, sections=(Section("abcd", b""),) * 256))
+
+
+def test_container_needs_neither_torch_nor_numpy() -> None:
+    code = "import sys, lic.container; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
