@@ -15,9 +15,9 @@ from collections import Counter, defaultdict
 HEAD = """# Sources of the training pictures
 
 The shipped weights were trained on {pictures:,} pictures from the repositories below (on GitHub, under the
-name given), downscaled at least 2× and lightly compressed. Further {held_out} pictures of the same sources were
-used to watch for overfitting only. No picture is part of this repository or of the weights. The Kodak images
-were never trained on.
+name given), downscaled at least 2× and lightly compressed. Further {held_out} pictures of the same sources
+were used to watch for overfitting only. No picture is part of this repository or of the weights. The Kodak
+images were never trained on.
 
 Where a source credits its pictures one by one (figure credits in the OpenStax books, `debian/copyright` and
 similar files elsewhere), these credits stand in the source and hold here.

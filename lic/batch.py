@@ -1,0 +1,84 @@
+"""Which file becomes which: the inputs and outputs of one call, settled before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lic.errors import LicError, UsageError
+
+STDIO = "-"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and its output, as paths or ``-``."""
+
+    source: str
+    target: str
+
+
+def single(source: str, target: str, accepts: Callable[[str], bool], expected: str) -> Job:
+    """The job of ``IN OUT``.
+
+    Raises UsageError unless OUT is ``-`` or ``accepts(OUT)``; ``expected`` says what would be.
+    """
+    if target != STDIO:
+        if not accepts(target):
+            raise UsageError(f"OUT must {expected}, not {target!r}; for several files use --output-dir")
+        if source != STDIO and _same_file(source, target):
+            raise UsageError(f"{target}: input and output are the same file")
+    return Job(source, target)
+
+
+def many(
+    sources: Sequence[str],
+    output_dir: str,
+    target_suffix: str,
+    source_suffixes: Collection[str],
+    *,
+    recursive: bool,
+) -> list[Job]:
+    """The jobs of ``IN... --output-dir DIR``, in the order given, folders sorted.
+
+    A file goes to ``DIR/stem + target_suffix``. A folder stands for its files with one of
+    ``source_suffixes``, with ``recursive`` also for those of its subfolders, whose tree is mirrored. Raises
+    UsageError when two inputs would have the same output or an output would replace an input, LicError when
+    there is nothing to do. An input that does not exist is a job like others and fails when its turn comes.
+    """
+    jobs: dict[str, Job] = {}
+    for source in sources:
+        if source == STDIO:
+            raise UsageError("'-' cannot be combined with --output-dir")
+        for path, relative in _files(Path(source), source_suffixes, recursive):
+            target = str(Path(output_dir) / relative.with_suffix(target_suffix))
+            if target in jobs:
+                raise UsageError(f"{jobs[target].source} and {path} would both become {target}")
+            jobs[target] = Job(str(path), target)
+    if not jobs:
+        hint = "" if recursive else "; -r descends into subfolders"
+        raise LicError(f"nothing to do: no {', '.join(sorted(source_suffixes))} files{hint}")
+    inputs = {os.path.realpath(job.source) for job in jobs.values()}
+    for target in jobs:
+        if os.path.realpath(target) in inputs:
+            raise UsageError(f"{target} is an input and would be replaced")
+    return list(jobs.values())
+
+
+def _files(source: Path, suffixes: Collection[str], recursive: bool) -> Iterator[tuple[Path, Path]]:
+    """Each file that ``source`` stands for, with its path relative to the output folder."""
+    if not source.is_dir():
+        yield source, Path(source.name)
+        return
+    for path in sorted(source.rglob("*") if recursive else source.iterdir()):
+        if path.suffix.lower() in suffixes and path.is_file():
+            yield path, path.relative_to(source)
+
+
+def _same_file(a: str, b: str) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
