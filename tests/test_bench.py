@@ -415,7 +415,8 @@ def run(folder: Path, monkeypatch):
 
 def test_command_writes_a_whole_report(folder: Path, run) -> None:
     anchors = folder / "anchors.json"
-    anchors.write_text(dump_curves([replace(ANCHOR, name="published")], ""), encoding="utf-8")
+    published = [replace(ANCHOR, name="published"), replace(ANCHOR, name="WebP")]
+    anchors.write_text(dump_curves(published, ""), encoding="utf-8")
     result = run(FakeCodec(), "--no-peers", "--anchor-file", str(anchors))
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
@@ -424,7 +425,7 @@ def test_command_writes_a_whole_report(folder: Path, run) -> None:
     assert results["config"]["qualities"] == [30, 60, 90]
     assert {"cpu", "date", "threads", "python"} <= set(results["environment"])
     assert len(results["images"]) == 6 and len(results["summary"]) == 3
-    assert [line["reference"] for line in results["bd_rate"]] == ["published"]
+    assert [line["reference"] for line in results["bd_rate"]] == ["published", "WebP (anchors.json)"]
     with (out / "results.csv").open(newline="") as file:
         assert [float(row["psnr"]) for row in csv.DictReader(file)] == [
             image["psnr"] for image in results["images"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -26,6 +29,17 @@ def _quality_codes(context: click.Context, parameter: click.Parameter, value: st
         raise click.BadParameter(str(error)) from error
 
 
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -> None:
+    if value:
+        logging.getLogger("lic").setLevel(logging.INFO if value == 1 else logging.DEBUG)
+
+
 @click.command("bench")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE_OR_DIR...", type=click.Path(path_type=Path))
 @click.option(
@@ -37,14 +51,17 @@ def _quality_codes(context: click.Context, parameter: click.Parameter, value: st
     "--qualities", default=DEFAULT_QUALITIES, show_default=True, callback=_quality_codes, metavar="Q,Q,...",
     help="Values of -q, 0 to 100.",
 )  # fmt: skip
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
+@click.option("--device", default="auto", show_default=True, callback=_device, metavar="auto|cpu|cuda[:N]")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of torch on the CPU.")
 @click.option("--peers/--no-peers", default=True, help="Also measure JPEG, WebP and AVIF.")
 @click.option(
     "--anchor-file", multiple=True, metavar="JSON", type=click.Path(path_type=Path),
     help="Published or earlier curves of the same pictures, as in curves.json. May be repeated.",
 )  # fmt: skip
-@click.option("--quiet", is_flag=True, help="Only errors.")
+@click.option("--quiet", is_flag=True, help="Errors only, no progress.")
+@click.option(
+    "-v", "--verbose", count=True, expose_value=False, callback=_verbosity, help="Say more; -vv: tracebacks."
+)
 def command(
     images: tuple[Path, ...],
     output_dir: Path,
@@ -77,7 +94,13 @@ def command(
             click.echo(text, err=True)
 
     found = pictures.find(images)
-    anchors = [curve for path in anchor_file for curve in load_curves(path)]
+    anchors = []
+    taken = {peer.name for peer in PEERS}
+    for path in anchor_file:
+        for curve in load_curves(path):
+            clash = curve.name in taken
+            anchors.append(replace(curve, name=f"{curve.name} ({path.name})") if clash else curve)
+            taken.add(curve.name)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lic.bench.metrics import Pixels
-from lic.errors import LicError
 
 
 class Codec(Protocol):
@@ -74,17 +73,13 @@ def open_codec(name: str, device: str, threads: int | None) -> LicCodec:
     ``threads`` of torch on the CPU, None for torch's own choice. Raises LicError if there is no such model
     or device.
     """
-    from lic.model import store
-
-    models = {info.name: info for info in store.available()}
-    if name not in models:
-        raise LicError(f"no model {name!r}; there are: {', '.join(sorted(models)) or 'none'}")
-
     import torch
 
     from lic import pipeline
+    from lic.model import store
 
     if threads is not None:
         torch.set_num_threads(threads)
     device = pipeline.select_device(device)
-    return LicCodec(name, models[name].sha256, device, torch.get_num_threads(), store.load(name, device))
+    loaded = store.load(name, device)
+    return LicCodec(name, loaded.info.sha256, device, torch.get_num_threads(), loaded)
