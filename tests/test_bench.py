@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -396,6 +397,7 @@ def test_summary_is_the_mean_of_psnrs_over_complete_pictures(folder: Path) -> No
 
 def test_chart_shows_every_curve_and_escapes_names() -> None:
     svg = svg_chart([ANCHOR, replace(scaled(2), name="<b> & c"), Curve("no psnr", (1, 2), None)], "psnr")
+    ElementTree.fromstring(svg)
     assert svg.count("<polyline") == 2
     assert "&lt;b&gt; &amp; c" in svg and "no psnr" not in svg
     assert svg_chart([], "psnr") == ""

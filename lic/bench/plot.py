@@ -11,8 +11,8 @@ from pathlib import Path
 from lic.bench.bdrate import Curve
 
 LABELS = {"psnr": "PSNR (dB)", "ms_ssim": "MS-SSIM (dB)"}
-WIDTH, HEIGHT = 900, 560
-LEFT, RIGHT, TOP, BOTTOM = 55, 230, 15, 45  # margins; the legend stands in the right one
+WIDTH, HEIGHT = 940, 560
+LEFT, RIGHT, TOP, BOTTOM = 55, 270, 15, 45  # margins; the legend stands in the right one
 
 
 def svg_chart(curves: Sequence[Curve], metric: str) -> str:
@@ -22,6 +22,7 @@ def svg_chart(curves: Sequence[Curve], metric: str) -> str:
         return ""
     (x0, x1), (y0, y1) = _ranges(drawn)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    height = max(HEIGHT, TOP + 16 * len(drawn) + 10)  # a long legend goes on below the axes
 
     def x(bpp: float) -> float:
         return LEFT + (bpp - x0) / (x1 - x0) * (right - LEFT)
@@ -30,7 +31,7 @@ def svg_chart(curves: Sequence[Curve], metric: str) -> str:
         return bottom - (quality - y0) / (y1 - y0) * (bottom - TOP)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-size="12" '
         'font-family="sans-serif">',
         f'<clipPath id="{metric}"><rect x="{LEFT}" y="{TOP}" width="{right - LEFT}" '
         f'height="{bottom - TOP}"/></clipPath>',
@@ -87,7 +88,7 @@ def png_chart(curves: Sequence[Curve], metric: str, path: Path) -> bool:
             zorder=3 if index == 0 else 2,
         )  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
     return True
 
