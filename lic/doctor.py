@@ -1,4 +1,4 @@
-"""`lic doctor`: is this installation whole? Every check runs by itself, so that one failure hides no other."""
+"""`lic doctor`: is this installation whole? Each check runs by itself: one failure hides no other."""
 
 from __future__ import annotations
 
