@@ -192,7 +192,7 @@ def test_find_takes_files_and_folders_each_once(tmp_path: Path) -> None:
 def test_load_gives_upright_rgb_and_refuses_16_bits(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate a quarter turn
-    Image.fromarray(photo(20, 10)[..., 0]).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(photo(20, 10)).save(tmp_path / "turned.png", exif=exif)
     assert find([tmp_path / "turned.png"])[0].load().shape == (20, 10, 3)
     save(tmp_path / "deep.png", np.arange(12, dtype=np.uint16).reshape(3, 4))
     (tmp_path / "text.png").write_text("not a picture")
@@ -486,3 +486,21 @@ def test_arguments_are_checked_without_torch(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_real_model_passes_the_checks(tmp_path: Path, monkeypatch) -> None:
+    import torch
+
+    from lic.model import store
+    from lic.model.codec import CodecModel
+    from lic.model.config import CONFIGS
+
+    torch.manual_seed(0)
+    store.write_model(tmp_path / "tiny.safetensors", CodecModel(CONFIGS["tiny"]), {"provenance": {}})
+    monkeypatch.setenv("LIC_MODELS", str(tmp_path))
+    codec = bench_codec.open_codec("tiny", "cpu", None)
+    pictures = find([save(tmp_path / "in" / "a.png", photo(70, 90))])
+    rows, failures = measure(codec, pictures, CODES[:2], tmp_path)
+    assert not failures and not any(row.problems for row in rows)
+    with pytest.raises(LicError, match="no model"):
+        bench_codec.open_codec("absent", "cpu", None)

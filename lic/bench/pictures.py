@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from lic.bench.metrics import Pixels
 from lic.errors import LicError, UsageError
+from lic.images import PICTURE_SUFFIXES, picture_of, rgb_of
 
-SUFFIXES = frozenset((".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg", ".avif"))
+MAX_PIXELS = 1 << 30  # Pillow's own limit comes first
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,13 @@ class Picture:
         return self.path.stem
 
     def load(self) -> Pixels:
-        """uint8 (H, W, 3), upright, without alpha. Raises LicError if it is not an 8-bit picture."""
+        """uint8 (H, W, 3), upright. Raises LicError if it is not a picture that ``lic encode`` takes."""
         try:
-            with Image.open(self.path) as image:
-                if image.mode[0] in "IF":
-                    raise LicError(f"{self.path}: more than 8 bits per sample; only 8-bit RGB is measured")
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise LicError(f"{self.path}: cannot read this picture ({error})") from error
+            return rgb_of(picture_of(self.path.read_bytes(), max_pixels=MAX_PIXELS))
+        except OSError as error:
+            raise LicError(f"{self.path}: {error.strerror or error}") from error
+        except LicError as error:
+            raise LicError(f"{self.path}: {error}") from error
 
 
 def find(paths: Sequence[Path]) -> list[Picture]:
@@ -46,7 +43,7 @@ def find(paths: Sequence[Path]) -> list[Picture]:
     found: dict[Path, Picture] = {}
     for path in paths:
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
         elif path.is_file():
             files = [path]
         else:
