@@ -1,6 +1,6 @@
 """Bits without a model: escapes, raw low bits, deviations of skipped symbols.
 
-They stand at the end of a stream and are read backwards, byte by byte, each byte from its highest bit.
+They stand at the end of a stream and are read backwards, the lowest bit of the last byte first.
 """
 
 from __future__ import annotations
@@ -31,34 +31,38 @@ def exp_golomb(x: npt.NDArray[Any], order: int) -> tuple[CodeArray, CodeArray]:
     return code, 2 * n + 1 + order
 
 
-def pack(code: CodeArray, length: CodeArray) -> bytes:
-    """Bytes, in file order, of codes with the given lengths >= 0, each written high bit first."""
+def append(coded: bytes, coded_bits: int, code: CodeArray, length: CodeArray) -> bytes:
+    """Puts codes with the given lengths >= 0, each high bit first, behind ``coded``.
+
+    They may take what the first ``coded_bits`` bits leave of its last byte, which must be zero there.
+    """
+    if not length.any():
+        return coded
     ends = np.cumsum(length)
-    bits = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+    size = (coded_bits + int(ends[-1]) + 7) >> 3
+    bits = np.zeros(8 * size, dtype=np.uint8)
     position = ends - length
     while code.size:
         left = length > 0
         code, length, position = code[left], length[left] - 1, position[left]
         bits[position] = (code >> length) & 1
         position = position + 1
-    return np.packbits(bits).tobytes()[::-1]
+    out = np.packbits(bits[::-1])
+    out[: len(coded)] |= np.frombuffer(coded, dtype=np.uint8)
+    return out.tobytes()
 
 
 class BypassReader:
     """Reads from the end of ``data``. Every method raises CorruptError when the data has ended."""
 
     def __init__(self, data: bytes) -> None:
-        self._bits: BitArray = np.unpackbits(np.frombuffer(data, dtype=np.uint8)[::-1])
+        self._bits: BitArray = np.unpackbits(np.frombuffer(data, dtype=np.uint8))[::-1]
         self._bytes = self._bits.tobytes()
         self._position = 0
 
     @property
-    def bytes_used(self) -> int:
-        return (self._position + 7) >> 3
-
-    def padding_is_zero(self) -> bool:
-        """Whether the unused bits of the last byte read are 0, as the encoder leaves them."""
-        return not self._bits[self._position : self.bytes_used * 8].any()
+    def bits_used(self) -> int:
+        return self._position
 
     def exp_golomb(self, order: int) -> int:
         """One number written by :func:`exp_golomb`."""

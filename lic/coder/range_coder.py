@@ -75,12 +75,12 @@ class RangeDecoder:
         self._word = word & ((1 << self._filled) - 1)
         self._low, self._high = 0, _MASK
         self._distance = word >> self._filled  # of the code value from low
-        self._used = 2  # bits that the encoder has written, its last two included
+        self._used = 2
 
     @property
-    def bytes_used(self) -> int:
-        """Bytes that the encoder would have written had it stopped after the symbols read so far."""
-        return (self._used + 7) >> 3
+    def bits_used(self) -> int:
+        """Bits that the encoder would have written, its last two included, had it stopped here."""
+        return self._used
 
     def read(self, rows: Iterable[int], cdfs: Sequence[Sequence[int]]) -> list[int]:
         """The next symbols, one per row; ``cdfs[row]`` holds lower ends and, last, the upper end.
@@ -124,6 +124,6 @@ class RangeDecoder:
             raise CorruptError("damaged data: a symbol outside the coder's alphabet") from None
         self._low, self._high, self._distance = low, high, distance
         self._next, self._word, self._filled, self._used = position, word, filled, used
-        if self.bytes_used > len(data):
+        if used > 8 * len(data):
             raise CorruptError("damaged data: a coded stream ends too early")
         return symbols

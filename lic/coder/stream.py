@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lic.coder import bypass, range_coder, torchac_backend
-from lic.coder.tables import END, IntArray, Tables
+from lic.coder.tables import COST_UNIT, END, IntArray, Tables
 from lic.errors import CorruptError, LicError, UsageError
 
 VALUE_LIMIT = 1 << 20  # largest magnitude of a value
-_DEVIATIONS = (END + 1) * 63 // 64  # lower end of the flag "some skipped symbol deviates" (1 in 64)
-_FLAG_ROW = [0, _DEVIATIONS, END]
-_FLAG_BITS = [16 - math.log2(_DEVIATIONS), 16 - math.log2(END - _DEVIATIONS)]
-_ESCAPE_ORDER, _GAP_ORDER = 1, 12  # orders of the Exp-Golomb codes
+_FLAG_ROW = [0, (END + 1) * 7 // 8, END]  # first symbol of a stream: 1 if some skipped symbol deviates
+_FLAG_COST = [round((16 - math.log2(_FLAG_ROW[i + 1] - _FLAG_ROW[i])) * COST_UNIT) for i in (0, 1)]
+_ESCAPE_ORDER, _GAP_ORDER = 1, 13  # orders of the Exp-Golomb codes
+_MAX_UNUSED_BITS = 16  # between the two parts of a stream, and 1 in 2**15 more
 _MAX_DECODE_BYTES = 1 << 29  # torchac wants one whole row per symbol
 Ints = npt.NDArray[Any]
 
@@ -66,8 +66,7 @@ def ideal_bits(values: Ints, rows: Ints, tables: Tables) -> float:
     encoder = Encoder()
     encoder.push(values, rows, tables)
     _, lengths = encoder._bypass_codes()
-    flag = 0.0 if encoder.is_empty else _FLAG_BITS[bool(encoder._deviating)]
-    return flag + encoder._coded_bits + float(lengths.sum())
+    return encoder._coded_cost / COST_UNIT + float(lengths.sum())
 
 
 class Encoder:
@@ -78,7 +77,7 @@ class Encoder:
         self._codes: list[tuple[bypass.CodeArray, bypass.CodeArray]] = []  # bypass codes and lengths
         self._deviating: list[tuple[Ints, Ints]] = []  # positions among the skipped symbols, differences
         self._skipped = 0
-        self._coded_bits = 0.0
+        self._symbol_cost = 0
 
     @property
     def is_empty(self) -> bool:
@@ -122,7 +121,7 @@ class Encoder:
 
         symbol[escape] = last[escape]
         self._bounds.append(np.stack([tables.cdf[rows, symbol], tables.cdf[rows, symbol + 1]], axis=1))
-        self._coded_bits += float(tables.bits[rows, symbol].sum())
+        self._symbol_cost += int(tables.cost[rows, symbol].sum())
 
     def finish(self, *, backend: str = "auto") -> bytes:
         """The whole stream. Raises LicError as :func:`encode` does."""
@@ -134,7 +133,14 @@ class Encoder:
             coded = torchac_backend.encode(bounds)
         else:
             coded = range_coder.encode(bounds.tolist())
-        return coded + bypass.pack(*self._bypass_codes())
+        # torchac does not say how many bits it has used. They are at most the code length, 2 more, and the
+        # drift from rounding the interval: below 1.45 / 2**14 bits for a symbol of 16 bits, less for others.
+        coded_bits = (self._coded_cost + (self._coded_cost >> 17)) // COST_UNIT + 2
+        return bypass.append(coded, coded_bits, *self._bypass_codes())
+
+    @property
+    def _coded_cost(self) -> int:
+        return 0 if self.is_empty else self._symbol_cost + _FLAG_COST[bool(self._deviating)]
 
     def _bypass_codes(self) -> tuple[bypass.CodeArray, bypass.CodeArray]:
         codes = self._codes
@@ -157,6 +163,7 @@ class Decoder:
     """
 
     def __init__(self, data: bytes) -> None:
+        data = bytes(data)
         self._size = len(data)
         self._data = data
         self._range = range_coder.RangeDecoder(data)
@@ -176,12 +183,10 @@ class Decoder:
 
     def finish(self) -> None:
         """Raises CorruptError unless the values pulled so far are exactly the whole stream."""
-        coded = self._range.bytes_used if self._data else 0
-        if coded + self._bypass.bytes_used != self._size or not self._is_consumed():
-            raise CorruptError("damaged data: a coded stream is longer than its symbols")
+        self._check_length(self._range.bits_used if self._data else 0)
 
     def _pull_all_by_torchac(self, rows: Ints, tables: Tables) -> IntArray:
-        """All values. torchac does not tell how many bytes it has used; the code length does, to 2 bits."""
+        """All values. torchac does not tell how many bits it has used; the code length does, to 2 bits."""
         rows = _checked_rows(rows, tables)
         coded = rows[~tables.skipped[rows]]
         width = int(tables.size[coded].max(initial=2)) + 2
@@ -196,10 +201,8 @@ class Decoder:
         if np.any(symbols >= tables.size[coded]):
             raise CorruptError("damaged data: a symbol outside the coder's alphabet")
         values = self._assemble(symbols, coded, rows, tables)
-        bits = float(tables.bits[coded, symbols].sum()) + _FLAG_BITS[self._flag]
-        used = self._size - self._bypass.bytes_used
-        if not bits - 0.1 <= 8 * used <= bits + 2.1 + 7 or not self._is_consumed():
-            raise CorruptError("damaged data: a coded stream has the wrong length")
+        cost = int(tables.cost[coded, symbols].sum()) + _FLAG_COST[self._flag]
+        self._check_length((cost - (cost >> 17)) // COST_UNIT)
         return values
 
     def _read_deviations(self) -> None:
@@ -241,8 +244,11 @@ class Decoder:
             raise CorruptError("damaged data: a value out of range")
         return values.astype(np.int32)
 
-    def _is_consumed(self) -> bool:
-        return not self._deviating and self._bypass.padding_is_zero()
+    def _check_length(self, coded_bits: int) -> None:
+        """Whether the stream is used up, given a lower bound on the bits of its coded symbols."""
+        unused = 8 * self._size - coded_bits - self._bypass.bits_used
+        if not 0 <= unused < _MAX_UNUSED_BITS + (coded_bits >> 15) or self._deviating:
+            raise CorruptError("damaged data: a coded stream has the wrong length")
 
 
 def backend_info() -> str:

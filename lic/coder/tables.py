@@ -17,6 +17,7 @@ PRECISION = 16  # probabilities are multiples of 1/65536
 END = (1 << PRECISION) - 1  # the last 1/65536 is never coded: it goes to padding, which torchac needs
 SKIP_WIDTH = END + 1 - (1 << 3)  # a value at least this wide (1 - 2**-13) is not coded at all
 MAX_SIZE = 1 << 14
+COST_UNIT = 1 << 32
 TRIM = 2.0**-17  # a rarer outermost value costs less as an escape than as an entry of the alphabet
 
 SCALES: npt.NDArray[np.float64] = np.geomspace(0.11, 256.0, 64)
@@ -69,7 +70,7 @@ class Tables:
         rows, firsts = [], []
         for pmf, offset in zip(pmfs, offsets, strict=True):
             p = np.asarray(pmf, dtype=np.float64)
-            if p.ndim != 1 or p.size == 0 or not np.all(np.isfinite(p)) or p.min() < 0 or p.sum() > 1 + 1e-6:
+            if p.ndim != 1 or p.size == 0 or not np.all(np.isfinite(p)) or p.min() < 0 or p.sum() > 1 + 1e-4:
                 raise ValueError("a pmf must be a list of non-negative numbers with a sum of at most 1")
             kept = np.flatnonzero(p >= TRIM)
             first, last = (kept[0], kept[-1]) if kept.size else (0, 0)
@@ -113,9 +114,13 @@ class Tables:
         return (self._widths.max(axis=1) >= SKIP_WIDTH) & is_value & (self.raw_bits == 0)
 
     @cached_property
-    def bits(self) -> npt.NDArray[np.float64]:
-        """(rows, width - 1): code length of each symbol in bits; 16 for padding."""
-        return PRECISION - np.log2(np.maximum(1, self._widths))
+    def cost(self) -> npt.NDArray[np.int64]:
+        """(rows, width - 1): code length of each symbol in units of 1 / COST_UNIT bit; 16 bits for padding.
+
+        Integers, so that a sum does not depend on its order.
+        """
+        bits = PRECISION - np.log2(np.maximum(1, self._widths))
+        return np.rint(bits * COST_UNIT).astype(np.int64)
 
     @cached_property
     def lists(self) -> list[list[int]]:
