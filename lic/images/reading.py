@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lic.errors import LicError
 
 # Pillow knows many more formats; these are the ones that photographs come in and that the tests cover.
-READABLE = ("PNG", "PPM", "WEBP", "TIFF", "JPEG", "MPO", "BMP", "AVIF")
+READABLE = ("PNG", "PPM", "WEBP", "TIFF", "JPEG", "BMP", "AVIF")
 PICTURE_SUFFIXES = frozenset(
     (".png", ".ppm", ".pnm", ".webp", ".tif", ".tiff", ".jpg", ".jpeg", ".jfif", ".bmp", ".avif")
 )

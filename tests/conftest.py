@@ -1,0 +1,45 @@
+"""Shared by all tests: the tiny model, a picture, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data"
+# Before anything asks for models: the tests code with the tiny one, which never changes.
+os.environ["LIC_MODELS"] = str(DATA / "models")
+
+Run = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+def pytest_report_header() -> str:
+    from lic.coder import backend_info
+
+    return f"coder: {backend_info()}"
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """uint8 (44, 70, 3): smooth, no multiple of anything."""
+    y, x = np.mgrid[0:44, 0:70]
+    return np.stack([3 * x, 5 * y, 60 + x + y], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture
+def lic(tmp_path: Path) -> Run:
+    """Run `lic ARGUMENT...` in ``tmp_path``; keyword arguments go to subprocess.run."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "lic", *map(str, arguments)]
+        if "input" not in options and "stdin" not in options:
+            options["stdin"] = subprocess.DEVNULL
+        defaults = {"cwd": tmp_path, "capture_output": True, "timeout": 300, "check": False}
+        return subprocess.run(command, **{**defaults, **options})  # type: ignore[call-overload]
+
+    return run

@@ -1,0 +1,181 @@
+"""Reading and writing pictures: what goes in, what is refused, and how."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lic import images
+from lic.errors import LicError
+
+LIMIT = 10_000_000
+
+
+def file_bytes(image: Image.Image, format: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def read(data: bytes) -> np.ndarray:
+    return images.rgb_of(images.picture_of(data, max_pixels=LIMIT))
+
+
+@pytest.mark.parametrize("format", [f for f in images.FORMATS if f != "jpeg"])
+def test_lossless_formats_come_back_exactly(picture: np.ndarray, format: str) -> None:
+    assert np.array_equal(read(images.picture_bytes(picture, format)), picture)
+
+
+def test_jpeg_is_written_at_high_quality(picture: np.ndarray) -> None:
+    back = read(images.picture_bytes(picture, "jpeg"))
+    assert back.shape == picture.shape
+    assert np.abs(back.astype(int) - picture).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("a.png", "png"), ("a.JPG", "jpeg"), ("a.b.tif", "tiff"), ("x/a.pnm", "ppm"), ("a.lic", None), ("-", None)],
+)
+def test_format_of_suffix(name: str, format: str | None) -> None:
+    assert images.format_of_suffix(name) == format
+
+
+def test_exif_orientation_is_applied(picture: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    data = file_bytes(Image.fromarray(picture), "PNG", exif=exif)
+    assert np.array_equal(read(data), np.rot90(picture, -1))
+
+
+def test_damaged_exif_does_not_cost_the_picture(picture: np.ndarray) -> None:
+    data = file_bytes(Image.fromarray(picture), "PNG", exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff")
+    assert np.array_equal(read(data), picture)
+
+
+@pytest.mark.parametrize(
+    ("mode", "word"),
+    [
+        ("1", "black-and-white"),
+        ("L", "gray"),
+        ("LA", "alpha"),
+        ("P", "palette"),
+        ("RGBA", "alpha"),
+        ("I;16", "16-bit"),
+    ],
+)
+def test_other_modes_are_refused(mode: str, word: str) -> None:
+    data = file_bytes(Image.new(mode, (8, 8)), "PNG")
+    with pytest.raises(LicError, match=word):
+        read(data)
+
+
+def test_cmyk_is_refused() -> None:
+    with pytest.raises(LicError, match="CMYK"):
+        read(file_bytes(Image.new("CMYK", (8, 8)), "JPEG"))
+
+
+def test_transparent_colour_is_refused(picture: np.ndarray) -> None:
+    data = file_bytes(Image.fromarray(picture), "PNG", transparency=(1, 2, 3))
+    with pytest.raises(LicError, match="transparent"):
+        read(data)
+
+
+def test_16_bit_rgb_is_refused_where_pillow_would_reduce_it() -> None:
+    ppm = b"P6 2 1 65535\n" + bytes(range(12))
+    assert Image.open(io.BytesIO(ppm)).mode == "RGB"  # or this test has lost its point
+    with pytest.raises(LicError, match="16-bit"):
+        read(ppm)
+    with pytest.raises(LicError, match="16-bit"):
+        read(_png_16_bit())
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_several_frames_are_refused(picture: np.ndarray, format: str) -> None:
+    frames = [Image.fromarray(picture), Image.fromarray(255 - picture)]
+    data = file_bytes(frames[0], format, save_all=True, append_images=frames[1:])
+    with pytest.raises(LicError, match="animated or many-page"):
+        read(data)
+
+
+def test_first_picture_of_an_mpo_is_taken(picture: np.ndarray) -> None:
+    first = Image.fromarray(picture)
+    data = file_bytes(first, "MPO", save_all=True, append_images=[first.resize((8, 8))])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert read(data).shape == picture.shape
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
+    data = file_bytes(Image.new("RGB", (100, 100)), "PNG")
+    assert images.picture_of(data, max_pixels=10_000).size == (100, 100)
+    with pytest.raises(LicError, match="100x100.*9999.*--max-pixels"):
+        images.picture_of(data, max_pixels=9999)
+
+
+@pytest.mark.parametrize("format", ["PNG", "PPM", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_truncated_pictures_are_one_line(format: str) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    data = file_bytes(Image.fromarray(noise), format)
+    with pytest.raises(LicError) as caught:
+        read(data[: len(data) // 2])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\x8bLI\0", b"GIF89a" + bytes(20)])
+def test_other_data_is_refused(data: bytes) -> None:
+    with pytest.raises(LicError, match="empty|not a picture"):
+        read(data)
+
+
+@given(at=st.integers(0, 10**9), value=st.integers(0, 255), format=st.sampled_from(["PNG", "JPEG", "TIFF", "BMP"]))
+def test_damaged_pictures_give_pixels_or_a_clear_error(at: int, value: int, format: str) -> None:
+    data = bytearray(file_bytes(Image.linear_gradient("L").resize((20, 20)).convert("RGB"), format))
+    data[at % len(data)] = value
+    try:
+        assert read(bytes(data)).ndim == 3
+    except LicError:
+        pass
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.uint16),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_other_arrays_are_refused(array: np.ndarray) -> None:
+    with pytest.raises(LicError, match="uint8|no pixels"):
+        images.rgb_of(array)
+
+
+def test_arrays_in_any_memory_order_are_taken(picture: np.ndarray) -> None:
+    flipped = picture[::-1, ::-1]
+    assert np.array_equal(images.rgb_of(flipped), flipped)
+    assert images.rgb_of(flipped).flags.c_contiguous
+
+
+def test_a_picture_too_large_for_its_format_is_a_clear_error() -> None:
+    with pytest.raises(LicError, match="cannot write 17000x1 pixels as webp"):
+        images.picture_bytes(np.zeros((1, 17000, 3), np.uint8), "webp")
+
+
+def _png_16_bit() -> bytes:
+    """A 2x1 PNG with 16-bit RGB samples, which Pillow cannot write."""
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + bytes(range(12)))
+    signature = b"\x89PNG\r\n\x1a\n"
+    return signature + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
