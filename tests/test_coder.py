@@ -269,3 +269,35 @@ def test_too_large_for_torchac(monkeypatch: pytest.MonkeyPatch) -> None:
     data = coder.encode(values, rows, GAUSSIAN)
     monkeypatch.setattr(coder.stream, "_MAX_DECODE_BYTES", 1000)
     assert np.array_equal(coder.decode(data, rows, GAUSSIAN), values)
+
+
+def three_rows() -> Tables:
+    """The tables of the example in the specification of the format."""
+    cdf = [
+        [0, 16384, 49152, 61440, 65535, 65535],
+        [0, 65530, 65535, 65535, 65535, 65535],
+        [0, 20000, 40000, 60000, 65535, 65535],
+    ]
+    return Tables.from_arrays(
+        {
+            "cdf": np.array(cdf, dtype=np.uint16),
+            "size": np.array([4, 2, 4], dtype=np.int32),
+            "offset": np.array([-1, 0, -1], dtype=np.int32),
+            "raw_bits": np.array([0, 0, 2], dtype=np.uint8),
+        }
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("values", "rows", "stream"),
+    [
+        ([0, 0], [1, 1], ""),
+        ([0, -1, 1, 0, 5, -6], [0, 0, 0, 1, 0, 2], "51 f0 03"),
+        ([0, -1, 1, 0, 5, -6, 3], [0, 0, 0, 1, 0, 2, 1], "eb b4 00 1a c0 00"),
+    ],
+)
+def test_example_of_the_specification(backend: str, values: list[int], rows: list[int], stream: str) -> None:
+    data = coder.encode(np.array(values), np.array(rows), three_rows(), backend=backend)
+    assert data == bytes.fromhex(stream)
+    assert coder.decode(data, np.array(rows), three_rows(), backend=backend).tolist() == values
