@@ -10,6 +10,7 @@ from lic.model.layers import PlainResidual, QualityTable, depth_to_space, leaky,
 from lic.quality import MAX_CODE
 
 Z_LIMIT = 63  # |z| is clamped to it
+Z_GAIN = 32.0  # makes a fresh z span more than one integer: one that rounds to zero everywhere never learns
 
 
 class HyperAnalysis(nn.Module):
@@ -31,7 +32,7 @@ class HyperAnalysis(nn.Module):
         x = self.first(x) + self.quality(code)[:, None, None].to(x.dtype)
         x = self.down32(space_to_depth(leaky(self.block16(x)), 2))
         x = self.down64(space_to_depth(leaky(self.block32(x)), 2))
-        return self.last(leaky(self.block64(x))).float().clamp(-Z_LIMIT, Z_LIMIT)
+        return (Z_GAIN * self.last(leaky(self.block64(x))).float()).clamp(-Z_LIMIT, Z_LIMIT)
 
 
 class HyperSynthesis(nn.Module):

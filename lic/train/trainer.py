@@ -113,13 +113,12 @@ class Trainer:
         pictures.wait()
         if self.fresh:
             self.fit_shortcut(pictures)
-            self.fresh = False
         end = time.monotonic() + minutes * 60
         last = saved = time.monotonic()
         sums: Tensor | None = None
         loss_of = torch.compile(self.loss) if self.device.type == "cuda" else self.loss
         while True:
-            metrics = self._train_step(pictures, loss_of)
+            metrics = self.train_step(pictures, loss_of)
             sums = metrics if sums is None else sums + metrics
             now = time.monotonic()
             self.seconds += now - last
@@ -163,14 +162,16 @@ class Trainer:
         loss = cost.mean() / 10
         return loss, torch.stack([loss, bpp.mean(), out.z_bits.mean() / pixels, mse.mean(), loss.new_ones(())]).detach()
 
-    def _train_step(self, pictures: Pictures, loss_of: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+    def train_step(self, pictures: Pictures, loss_of: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        """One optimiser step; returns the metrics of :meth:`loss`."""
         s = self.settings
         late = self.progress() > 0.75
         batch, crop = (s.late_batch, s.late_crop) if late else (s.batch, s.crop)
         x, code = self.sample(pictures, batch, crop)
         frozen = self.progress() < s.frozen_part
         for group in self.optimizer.param_groups:
-            held = frozen and group["name"] == "shortcut"  # also the linear analysis: decoder gradients alone would bend it
+            # The decoder shares these with the analysis: without rate in their gradient they would run away.
+            held = frozen and group["name"] in ("shortcut", "log_gain")
             group["lr"] = 0.0 if held else self.learning_rate() * group["factor"]
         loss, metrics = loss_of(x, code, frozen)
         self.optimizer.zero_grad(set_to_none=True)
@@ -214,6 +215,7 @@ class Trainer:
         variance = self.model.shortcut.set_basis(covariance / count)
         self.model.sigma.copy_(torch.from_numpy(np.sqrt(variance)))
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.fresh = False
 
 
 def _parameter_groups(model: CodecModel) -> list[dict[str, Any]]:
@@ -221,14 +223,15 @@ def _parameter_groups(model: CodecModel) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {
         "networks": {"factor": 1.0},
         "shortcut": {"factor": 0.03},
-        "tables": {"factor": 5.0},
+        "log_gain": {"factor": 2.0},
+        "log_igain": {"factor": 2.0},
+        "prior": {"factor": 10.0},
     }
     for name, group in groups.items():
         group |= {"name": name, "params": []}
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
-        kind = "shortcut" if part == "shortcut" else "tables" if part in ("prior", "log_gain", "log_igain") else "networks"
-        groups[kind]["params"].append(parameter)
+        groups[part if part in groups else "networks"]["params"].append(parameter)
     return list(groups.values())
 
 

@@ -1,0 +1,86 @@
+"""The contract that every context model keeps: steps with cached state equal all at once, and nothing looks ahead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lic.model.config import CONFIGS
+from lic.model.context import SYSTEMS, Geometry, make_context
+
+GEOMETRY = Geometry(2, 12, 20)  # 6 x 10 cells: more than one window each way, and not a multiple of it
+
+
+def random_context(system: str):
+    """A context model with random weights in all its layers, and inputs for it, in float64."""
+    torch.manual_seed(3)
+    config = CONFIGS["tiny"]
+    assert config.system == system
+    context = make_context(config).double().eval().requires_grad_(False)
+    for parameter in context.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    shape = (GEOMETRY.batch, GEOMETRY.height, GEOMETRY.width)
+    psi = torch.randn(*shape, config.psi, dtype=torch.float64)
+    y_hat = torch.round(torch.randn(*shape, config.latent, dtype=torch.float64) * 3)
+    code = torch.tensor([1000.0, 40000.0])
+    unit = torch.rand(GEOMETRY.batch, config.latent, dtype=torch.float64) + 0.5
+    return context, psi, y_hat, code, unit
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_steps_with_cache_equal_teacher(system: str) -> None:
+    context, psi, y_hat, code, unit = random_context(system)
+    mean, log_scale = context.teacher(psi, y_hat, code, unit)
+    state = context.start(psi, GEOMETRY, code, unit)
+    for step in range(context.schedule.steps(GEOMETRY)):
+        step_mean, step_log_scale = context.predict(state, step)
+        # In floating point the order of sums differs with the shapes.
+        torch.testing.assert_close(step_mean, context.schedule.take(mean, step), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(step_log_scale, context.schedule.take(log_scale, step), atol=1e-5, rtol=1e-5)
+        state = context.observe(state, step, context.schedule.take(y_hat, step))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_later_symbols_never_reach_earlier_parameters(system: str) -> None:
+    context, psi, y_hat, code, unit = random_context(system)
+    before = context.teacher(psi, y_hat, code, unit)
+    steps = context.schedule.steps(GEOMETRY)
+    reached = 0
+    for first_changed in range(steps):
+        changed = y_hat.clone()
+        for step in range(first_changed, steps):
+            values = context.schedule.take(changed, step)
+            context.schedule.put(changed, step, values + torch.randint_like(values, -5, 6))
+        after = context.teacher(psi, changed, code, unit)
+        for step in range(steps):
+            pairs = [(context.schedule.take(a, step), context.schedule.take(b, step)) for a, b in zip(before, after)]
+            if step <= first_changed:
+                assert all(torch.equal(a, b) for a, b in pairs), f"step {first_changed} reaches step {step}"
+            else:
+                reached += not all(torch.equal(a, b) for a, b in pairs)
+    assert reached == steps * (steps - 1) // 2  # and every later step does see the change
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_schedule_covers_every_latent_once(system: str) -> None:
+    schedule = make_context(CONFIGS["tiny"]).schedule
+    shape = (1, 8, 12, CONFIGS["tiny"].latent)
+    seen = torch.zeros(shape)
+    y = torch.randn(shape)
+    copy = torch.zeros(shape)
+    for step in range(schedule.steps(Geometry(1, 8, 12))):
+        schedule.put(seen, step, schedule.take(seen, step) + 1)
+        schedule.put(copy, step, schedule.take(y, step))
+    assert torch.equal(seen, torch.ones(shape))
+    assert torch.equal(copy, y)
+
+
+def test_state_shapes_are_as_listed() -> None:
+    context, psi, y_hat, code, unit = random_context("groupedmixer")
+    config = CONFIGS["tiny"]
+    state = context.start(psi, GEOMETRY, code, unit)
+    context.predict(state, 0)
+    groups = 4 * len(config.slices)
+    cells = (GEOMETRY.batch, GEOMETRY.height // 2, GEOMETRY.width // 2, groups)
+    assert state.tokens.shape == (*cells, config.context_width)
+    assert [c.shape for c in state.cache] == [(*cells, 2 * config.context_width)] * config.context_mixers

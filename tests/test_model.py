@@ -1,0 +1,121 @@
+"""Transforms, hyperprior and the mathematics of the rate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lic.model.codec import MIN_SCALE, CodecModel, bounded_scale, expected_offset, gaussian_bits
+from lic.model.complexity import kmac_per_pixel
+from lic.model.config import CONFIGS, Config
+from lic.model.layers import attend, depth_to_space, space_to_depth
+from lic.model.transforms import LappedShortcut, lapped_basis
+from lic.quality import MAX_CODE, code_of, step_of
+
+
+def test_lapped_basis_is_an_orthogonal_transform() -> None:
+    basis = lapped_basis(16)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(16), atol=1e-12)
+    np.testing.assert_allclose(basis[:, :16] @ basis[:, 16:].T, np.zeros((16, 16)), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 64), (48, 32)])
+def test_full_shortcut_reconstructs_perfectly_up_to_the_border(size: tuple[int, int]) -> None:
+    shortcut = LappedShortcut(768)
+    random = np.random.default_rng(0).normal(size=(768, 768))
+    shortcut.set_basis(random @ random.T)
+    x = torch.rand(2, *size, 3)
+    torch.testing.assert_close(shortcut.synthesis(shortcut.analysis(x)), x, atol=1e-5, rtol=0)
+
+
+def test_space_to_depth_is_inverted() -> None:
+    x = torch.randn(2, 8, 12, 3)
+    assert torch.equal(depth_to_space(space_to_depth(x, 4), 4), x)
+
+
+def test_base_fits_its_decoder_budget() -> None:
+    kmac = kmac_per_pixel(CodecModel(CONFIGS["base"]), 256, 256)
+    assert kmac["decoder"] <= 60
+    assert CONFIGS["base"].latent >= 320
+
+
+def test_configuration_survives_json() -> None:
+    for config in CONFIGS.values():
+        assert Config.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="fields"):
+        Config.from_json({"name": "base"})
+
+
+def test_fresh_model_quantises_with_the_theoretical_step() -> None:
+    net = CodecModel(CONFIGS["tiny"])
+    for quality in (0, 37.5, 100):
+        code = code_of(quality)
+        gain = net.gain(torch.tensor([float(code)]))
+        torch.testing.assert_close(gain, torch.full_like(gain, 255 / step_of(code)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(net.igain(torch.tensor([float(code)])), 1 / gain)
+
+
+def test_quality_table_is_continuous_and_hits_its_knots() -> None:
+    net = CodecModel(CONFIGS["tiny"])
+    table = net.log_gain
+    torch.nn.init.normal_(table.table)
+    knots = table.table.shape[0]
+    codes = torch.arange(knots) * (MAX_CODE / (knots - 1))
+    torch.testing.assert_close(table(codes), table.table.data, atol=1e-4, rtol=0)
+    near = table(torch.tensor([12499.0, 12500.0, 12501.0]))
+    assert (near[0] - near[2]).abs().max() < 1e-2
+
+
+def test_masses_of_all_integers_sum_to_one() -> None:
+    values = torch.arange(-60, 61, dtype=torch.float64)
+    for mean, scale in ((0.0, 0.2), (0.3, 1.0), (-7.4, 5.0)):
+        mass = 2 ** -gaussian_bits(values, torch.tensor(mean), torch.tensor(scale))
+        assert abs(float(mass.sum()) - 1) < 1e-5
+
+
+def test_expected_offset_is_the_conditional_mean() -> None:
+    y = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.8 + 0.3
+    for value in (-1.0, 0.0, 1.0, 2.0):
+        inside = y[y.round() == value]
+        offset = expected_offset(torch.tensor(value), torch.tensor(0.3), torch.tensor(0.8))
+        assert abs(float(inside.mean() - value) - float(offset)) < 2e-3
+    far = expected_offset(torch.tensor([50.0, -50.0]), torch.zeros(2), torch.full((2,), 0.11))
+    assert far.tolist() == [-0.5, 0.5]
+
+
+def test_scale_bound_lets_gradients_raise_but_not_lower() -> None:
+    log_scale = torch.full((2,), -9.0, requires_grad=True)
+    scale = bounded_scale(log_scale)
+    torch.testing.assert_close(scale.detach(), torch.full((2,), MIN_SCALE))
+    (scale * torch.tensor([1.0, -1.0])).sum().backward()
+    assert log_scale.grad is not None
+    assert log_scale.grad[0] == 0 and log_scale.grad[1] < 0
+
+
+def test_attention_ignores_masked_keys() -> None:
+    q, k, v = torch.randn(3, 2, 5, 8).unbind(0)
+    mask = torch.tensor([True, True, False, True, False])
+    torch.testing.assert_close(attend(q, k, v, mask=mask), attend(q, k[:, mask], v[:, mask]))
+
+
+def test_hyper_prior_is_a_distribution_and_matches_its_bits() -> None:
+    net = CodecModel(CONFIGS["tiny"])
+    pmf = net.prior.pmf()
+    assert float((pmf.sum(-1) - 1).abs().max()) < 1e-6
+    z = torch.full((1, 1, 1, CONFIGS["tiny"].hyper_latent), 2.0)
+    bits = net.prior.bits(z, torch.tensor([0.0]))[0, 0, 0]
+    torch.testing.assert_close(bits, -torch.log2(pmf[0, :, 63 + 2]).float(), atol=1e-3, rtol=1e-3)
+
+
+def test_every_parameter_learns() -> None:
+    torch.manual_seed(0)
+    net = CodecModel(CONFIGS["tiny"])
+    torch.nn.init.normal_(net.shortcut.weight, std=0.02)
+    for layer in (net.g_a.last, net.g_s.last):
+        torch.nn.init.normal_(layer.weight, std=0.01)
+    x = torch.rand(2, 64, 128, 3) - 0.5
+    out = net(x, torch.tensor([5000.0, 45000.0]))
+    (out.y_bits.sum() + out.z_bits.sum() + 1e4 * (out.x_hat - x).square().sum()).backward()
+    still = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []

@@ -1,0 +1,176 @@
+"""The trainer: learns, resumes exactly, takes new shards, survives bad input. On the tiny configuration."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from lic.errors import LicError
+from lic.model import store
+from lic.train.cli import command
+from lic.train.data import Pictures, Pool, read_pictures
+from lic.train.export import export
+from lic.train.trainer import Settings, Trainer, averaged_model
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(model="tiny", schedule_minutes=60, batch=2, crop=64, late_crop=64, warm_up_steps=5, frozen_part=0)
+
+
+def write_pictures(folder: Path, count: int, seed: int = 0) -> None:
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        y, x = np.mgrid[0:400, 0:380] / random.uniform(10, 60)
+        base = np.stack([np.sin(x + random.uniform(-2, 2) * y + c) for c in range(3)], -1)
+        pixels = 128 + 80 * base + random.normal(0, 5, base.shape)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    write_pictures(folder, 4)
+    return folder
+
+
+def pictures(photos: Path) -> Pictures:
+    return Pictures([photos], CPU, 144, seed=1, watch=False)
+
+
+def fresh_trainer(source: Pictures, settings: Settings = SETTINGS) -> Trainer:
+    trainer = Trainer(settings, CPU)
+    trainer.fit_shortcut(source)
+    return trainer
+
+
+def take_steps(trainer: Trainer, source: Pictures, count: int) -> list[list[float]]:
+    return [trainer.train_step(source, trainer.loss).tolist() for _ in range(count)]
+
+
+def test_loss_falls(photos: Path) -> None:
+    source = pictures(photos)
+    source.wait()
+    losses = [m[0] for m in take_steps(fresh_trainer(source), source, 40)]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_resumes_exactly(photos: Path, tmp_path: Path) -> None:
+    source = pictures(photos)
+    source.wait()
+    straight = fresh_trainer(source)
+    first = take_steps(straight, source, 3)
+    straight.save(tmp_path / "state.pt")
+    second = take_steps(straight, source, 3)
+    resumed = Trainer.restore(tmp_path / "state.pt", CPU)
+    assert resumed.step == 3
+    assert take_steps(resumed, source, 3) == second != first
+
+
+def test_frozen_part_keeps_the_linear_analysis(photos: Path) -> None:
+    source = pictures(photos)
+    source.wait()
+    trainer = fresh_trainer(source, Settings(model="tiny", batch=2, crop=64, frozen_part=1.0))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    take_steps(trainer, source, 2)
+    changed = {k.partition(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"g_s", "h_a", "h_s", "prior", "context", "log_igain"}
+
+
+def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> None:
+    arguments = [str(photos), "--state", str(tmp_path / "run"), "--minutes", "0.02", "--schedule-minutes", "60",
+                 "--model", "tiny", "--batch", "2", "--crop", "64", "--late-crop", "64", "--device", "cpu"]  # fmt: skip
+    for _ in range(2):
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == ""
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(log) >= 2 and log[-1]["step"] > log[0]["step"]
+    export(tmp_path / "run" / "state.pt", tmp_path / "x.safetensors", name="x", data="test", rate_range=(0.1, 2.0))
+    info = store.read_info(tmp_path / "x.safetensors")
+    assert info.name == "x" and info.provenance["steps"] == log[-1]["step"] and info.rate_range == (0.1, 2.0)
+    weights = store.load_file(info).net.state_dict()
+    trainer = Trainer(SETTINGS, CPU)
+    trainer.start_from(weights)
+    average, _ = averaged_model(tmp_path / "run" / "state.pt")
+    for name, tensor in average.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, atol=2e-2, rtol=2e-2)
+
+
+def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    torch.save({"version": 0}, tmp_path / "state.pt")
+    with pytest.raises(LicError, match="version"):
+        Trainer.restore(tmp_path / "state.pt", CPU)
+
+
+def test_not_finite_loss_stops_and_keeps_the_last_state(photos: Path, tmp_path: Path) -> None:
+    source = pictures(photos)
+    source.wait()
+    trainer = fresh_trainer(source)
+    trainer.save(tmp_path / "state.pt")
+    before = (tmp_path / "state.pt").read_bytes()
+    with torch.no_grad():
+        trainer.model.h_s.last.bias.fill_(float("nan"))
+    with pytest.raises(LicError, match="not finite"):
+        trainer.run(source, 0.01, tmp_path / "state.pt", lambda entry: None)
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_bad_and_small_pictures_are_left_out(photos: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path, 1)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no picture")
+    (tmp_path / "notes.txt").write_text("no picture")
+    Image.new("RGB", (20, 20)).save(tmp_path / "small.png")
+    assert len(list(read_pictures(tmp_path))) == 2
+    source = Pictures([tmp_path], CPU, 144, seed=1, watch=False)
+    source.wait()
+    assert [len(pool.sizes) for pool in source.pools] == [1, 1]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(LicError, match="no pictures"):
+        Pictures([empty], CPU, 144, seed=1, watch=False).wait()
+
+
+def test_shards_that_arrive_are_read(tmp_path: Path) -> None:
+    def shard(name: str, count: int) -> None:
+        with tarfile.open(tmp_path / (name + ".part"), "w") as tar:
+            for i in range(count):
+                file = io.BytesIO()
+                Image.effect_noise((300, 280), 40).convert("RGB").save(file, "PNG")
+                member = tarfile.TarInfo(f"{i}.png")
+                member.size = file.tell()
+                file.seek(0)
+                tar.addfile(member, file)
+        (tmp_path / (name + ".part")).rename(tmp_path / name)
+
+    shard("a.tar", 2)
+    source = Pictures([tmp_path], CPU, 100, seed=1)
+    source.wait()
+    assert source.count == 2
+    shard("b.tar", 3)
+    for _ in range(100):
+        source.refresh()
+        if source.count == 5:
+            break
+        time.sleep(0.1)
+    assert source.count == 5
+
+
+def test_crops_come_from_the_pictures() -> None:
+    pool = Pool(CPU, 8)
+    pool.add([np.full((20, 30, 3), value, np.uint8) for value in (10, 200)])
+    gradient = np.arange(40, dtype=np.uint8)[:, None, None] * np.ones((1, 40, 3), np.uint8)
+    pool.add([gradient, np.zeros((4, 4, 3), np.uint8)])
+    crops = pool.crops(64, 8, torch.Generator().manual_seed(0))
+    assert crops.shape == (64, 8, 8, 3)
+    for crop in crops.int():
+        flat = bool((crop == crop[0, 0, 0]).all())
+        steps = torch.cat([crop.diff(dim=0).flatten(), crop.diff(dim=1).flatten()]).abs()
+        assert flat and int(crop[0, 0, 0]) in (10, 200) or set(steps.tolist()) == {0, 1}
