@@ -117,8 +117,8 @@ class Tables:
     def cost(self) -> npt.NDArray[np.int64]:
         """(rows, width - 1): code length of each symbol in units of 1 / COST_UNIT bit; 16 bits for padding.
 
-        Integers, so that a sum does not depend on its order. Each is 8 units too large: more than rounding adds
-        to the coded bits where a symbol is nearly certain (bitstream_spec.md 4.6).
+        Integers, so that a sum does not depend on its order. Each is 8 units too large: more than rounding
+        adds to the coded bits where a symbol is nearly certain (bitstream_spec.md 4.6).
         """
         bits = PRECISION - np.log2(np.maximum(1, self._widths))
         return np.ceil(bits * COST_UNIT).astype(np.int64) + 8
