@@ -92,11 +92,12 @@ def run(args: Sequence[str] | None = None) -> int:
         log.error("interrupted")
         return 130
     except click.ClickException as error:
-        if isinstance(error, click.UsageError) and error.message and "\n" not in error.message:
-            command = error.ctx.command_path if error.ctx else "lic"
-            log.error("%s (see '%s --help')", error.format_message(), command)
-        else:
+        message = error.format_message()
+        if "\n" in message:  # `lic` alone: click makes the whole help its message
             error.show()
+        else:
+            command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "lic"
+            log.error("%s (see '%s --help')", message, command)
         return error.exit_code
     except Exception as error:
         return _report("", error)
@@ -131,11 +132,10 @@ def _line(error: BaseException, name: str = "") -> str:
 
 def _set_up_logging(verbosity: int) -> None:
     """-1: errors only; 0: warnings; 1: what is done and with what; 2: tracebacks as well."""
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("lic: %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+    handler = logging.StreamHandler()  # on sys.stderr as it is now
+    handler.setFormatter(logging.Formatter("lic: %(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
     level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
     log.setLevel(level)
     if verbosity < 2:

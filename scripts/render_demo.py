@@ -1,4 +1,4 @@
-"""Render the demo picture: mountains at a lake in the evening, from seeded noise. Needs numpy and Pillow only.
+"""Render the demo picture: mountains at a lake in the evening, from seeded noise.
 
 python scripts/render_demo.py tests/data/demo.png
 """
@@ -18,7 +18,7 @@ Array = np.ndarray
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], slope: float, stretch: float = 1.0) -> Array:
-    """Gaussian noise (H, W) with a power spectrum of 1/f^(2·slope), mean 0, deviation 1; stretched along x."""
+    """Noise (H, W) with a power spectrum of 1/f^(2·slope), mean 0, deviation 1, stretched along x."""
     fy = np.fft.fftfreq(shape[0])[:, None]
     fx = np.fft.rfftfreq(shape[1])[None, :] * stretch
     frequency = np.hypot(fx, fy)
@@ -67,7 +67,7 @@ def sky(rng: np.random.Generator, x: Array, y: Array) -> Array:
 def ridge(
     rng: np.random.Generator, height: Array, base: float, amount: float, tint: Array, haze: float
 ) -> Array:
-    """Colours (H, W, 3) of a range whose skyline is at the row ``base - amount·…`` and where it lies, as alpha."""
+    """A mountain range, (H, W, 4): colours and coverage. Its skyline is around the row ``base``."""
     line = base - amount * (0.55 * profile(rng, 1.6) + 0.45 * np.abs(profile(rng, 1.2)))
     alpha = smooth(-0.7, 0.7, height - line)
     relief = noise(rng, height.shape, 1.8) + 0.06 * noise(rng, height.shape, 1.2)

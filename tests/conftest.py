@@ -14,6 +14,10 @@ import pytest
 DATA = Path(__file__).parent / "data"
 # Before anything asks for models: the tests code with the tiny one, which never changes.
 os.environ["LIC_MODELS"] = str(DATA / "models")
+# The processes that tests start run this checkout too, wherever they are started and whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
