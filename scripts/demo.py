@@ -42,7 +42,8 @@ def main() -> None:
     if not names:
         sys.exit("no weights found in weights/")
     model = "base" if "base" in names else names[0]
-    print("coder:", backend_info(), "(the first run compiles it, where there is a C++ compiler)", flush=True)
+    print("preparing the coder: where there is a C++ compiler, the first run takes half a minute", flush=True)
+    print("coder:", backend_info(), flush=True)
 
     OUTPUT.mkdir(exist_ok=True)
     source, coded = PICTURE.relative_to(ROOT), (OUTPUT / "demo.lic").relative_to(ROOT)
