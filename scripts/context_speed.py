@@ -51,7 +51,9 @@ def main(model: str, size: str, threads: int, repeat: int) -> None:
 
     with torch.no_grad():
         difference = (cached() - recomputed()).abs().max()
-        click.echo(f"{model}, {size}, {context.schedule.steps(geometry)} steps, {threads} threads, torch {torch.__version__}")
+        click.echo(
+            f"{model}, {size}, {context.schedule.steps(geometry)} steps, {threads} threads, torch {torch.__version__}"
+        )
         click.echo(f"largest difference of a predicted mean: {difference:.2g} quantiser steps")
         for name, run in (("cached", cached), ("recomputed", recomputed)):
             with FlopCounterMode(display=False) as counter:

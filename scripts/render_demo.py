@@ -55,18 +55,12 @@ def sky(rng: np.random.Generator, x: Array, y: Array) -> Array:
     cover = smooth(-0.1, 1.9, density + 0.5 * up - 0.1)
     # Clouds are lit from where the sun is: brighter where the density falls towards it.
     light = np.clip(0.5 + 1.6 * (density - np.roll(density, (-3, -5), (0, 1))), 0, 1)
-    shaded = mix(
-        colour(0.42, 0.38, 0.46), colour(1.0, 0.80, 0.62), 0.25 + 0.6 * light * np.exp(-distance / 0.6)
-    )
+    shaded = mix(colour(0.42, 0.38, 0.46), colour(1.0, 0.80, 0.62), 0.25 + 0.6 * light * np.exp(-distance / 0.6))
     picture = mix(picture, shaded, 0.85 * cover)
-    return mix(
-        picture, colour(1.25, 1.12, 0.85), 1 - smooth(0.021, 0.025, np.hypot((x - SUN[0]) * 1.5, y - SUN[1]))
-    )
+    return mix(picture, colour(1.25, 1.12, 0.85), 1 - smooth(0.021, 0.025, np.hypot((x - SUN[0]) * 1.5, y - SUN[1])))
 
 
-def ridge(
-    rng: np.random.Generator, height: Array, base: float, amount: float, tint: Array, haze: float
-) -> Array:
+def ridge(rng: np.random.Generator, height: Array, base: float, amount: float, tint: Array, haze: float) -> Array:
     """A mountain range, (H, W, 4): colours and coverage. Its skyline is around the row ``base``."""
     line = base - amount * (0.55 * profile(rng, 1.6) + 0.45 * np.abs(profile(rng, 1.2)))
     alpha = smooth(-0.7, 0.7, height - line)

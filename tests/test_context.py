@@ -53,7 +53,7 @@ def test_later_symbols_never_reach_earlier_parameters(system: str) -> None:
             context.schedule.put(changed, step, values + torch.randint_like(values, -5, 6))
         after = context.teacher(psi, changed, code, unit)
         for step in range(steps):
-            pairs = [(context.schedule.take(a, step), context.schedule.take(b, step)) for a, b in zip(before, after)]
+            pairs = [[context.schedule.take(t, step) for t in pair] for pair in zip(before, after, strict=True)]
             if step <= first_changed:
                 assert all(torch.equal(a, b) for a, b in pairs), f"step {first_changed} reaches step {step}"
             else:
@@ -76,7 +76,7 @@ def test_schedule_covers_every_latent_once(system: str) -> None:
 
 
 def test_state_shapes_are_as_listed() -> None:
-    context, psi, y_hat, code, unit = random_context("groupedmixer")
+    context, psi, _, code, unit = random_context("groupedmixer")
     config = CONFIGS["tiny"]
     state = context.start(psi, GEOMETRY, code, unit)
     context.predict(state, 0)

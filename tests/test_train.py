@@ -173,4 +173,4 @@ def test_crops_come_from_the_pictures() -> None:
     for crop in crops.int():
         flat = bool((crop == crop[0, 0, 0]).all())
         steps = torch.cat([crop.diff(dim=0).flatten(), crop.diff(dim=1).flatten()]).abs()
-        assert flat and int(crop[0, 0, 0]) in (10, 200) or set(steps.tolist()) == {0, 1}
+        assert (flat and int(crop[0, 0, 0]) in (10, 200)) or set(steps.tolist()) == {0, 1}

@@ -48,7 +48,7 @@ class CodecModel(nn.Module):
         self.register_buffer("sigma", torch.ones(config.latent))  # of the shortcut's latents
 
     def gain(self, code: Tensor) -> Tensor:
-        """Quantiser steps per pixel unit, (B, M), for quality codes (B,): λ's theoretical step times a learned factor."""
+        """Quantiser steps per pixel unit, (B, M), for codes (B,): λ's theoretical step times a learned factor."""
         return torch.exp(self.log_gain(code)) * (255 / _step(code)).unsqueeze(-1)
 
     def igain(self, code: Tensor) -> Tensor:

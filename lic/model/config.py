@@ -42,7 +42,8 @@ class Config:
         names = {f.name for f in fields(cls)}
         if set(data) != names:
             raise ValueError(f"configuration fields differ: {sorted(names ^ set(data))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 CONFIGS = {

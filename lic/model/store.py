@@ -1,7 +1,7 @@
 """Weights files: one safetensors file a model, with configuration, tables, identities and provenance inside.
 
-Listing models reads headers only and never imports torch. A file holds 16-bit floats for the transforms, 8-bit rows
-with a float scale for the matrices of the entropy path, 32-bit floats for the rest, and the integer tables.
+Listing models never imports torch. A file holds 8-bit rows with a float scale for the matrices of the networks, 16-bit
+floats for the shortcut, 32-bit floats for the rest, and the integer tables.
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
 on: configuration, the tensors of h_s, the context model and the gains, and the tables. The *synthesis identity*
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 ENTROPY_PARTS = ("h_s", "context", "log_gain", "sigma")
 SYNTHESIS_PARTS = ("shortcut", "g_s", "log_igain")
+NETWORKS = ("g_a", "g_s", "h_a", "h_s", "context")
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,11 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
     for name, tensor in net.state_dict().items():
         value = tensor.detach().float().cpu().numpy()
         part = name.partition(".")[0]
-        if part in ("h_s", "context") and value.ndim == 2 and name.endswith(".weight"):
+        if part in NETWORKS and value.ndim == 2 and name.endswith(".weight"):
             scale = np.maximum(np.abs(value).max(axis=1), 1e-12) / 127
             arrays[name] = np.rint(value / scale[:, None]).astype(np.int8)
             arrays[name + ".row_scale"] = scale.astype(np.float32)
-        elif value.ndim >= 2 and part in ("shortcut", "g_a", "g_s", "h_a"):
+        elif part == "shortcut":
             arrays[name] = value.astype(np.float16)
         else:
             arrays[name] = value

@@ -122,5 +122,3 @@ def code_tile(
 
 def _integers(x: Tensor) -> np.ndarray:
     return x.reshape(-1).to(torch.int32).cpu().numpy()
-
-

@@ -20,7 +20,7 @@ SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", "
 
 
 def read_pictures(source: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, uint8 (H, W, 3)) of every picture in a tar file, a folder or a single file; unreadable ones are skipped."""
+    """(name, uint8 (H, W, 3)) of the pictures in a tar file, a folder or a file; unreadable ones are skipped."""
     if source.suffix == ".tar":
         with tarfile.open(source) as tar:
             for member in tar:
@@ -83,7 +83,9 @@ class Pictures:
     tar files that appear later in a folder are read when they are there.
     """
 
-    def __init__(self, sources: list[Path], device: torch.device, crop_limit: int, seed: int, watch: bool = True) -> None:
+    def __init__(
+        self, sources: list[Path], device: torch.device, crop_limit: int, seed: int, watch: bool = True
+    ) -> None:
         self.pools = (Pool(device, crop_limit), Pool(device, crop_limit))
         self.count = 0
         self._sources, self._random = sources, np.random.default_rng(seed)

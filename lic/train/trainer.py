@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lic.errors import LicError
 from lic.model.codec import CodecModel
-from lic.model.config import CONFIGS, Config
+from lic.model.config import CONFIGS, DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
-from lic.model.transforms import DOWNSAMPLING, lapped_basis
+from lic.model.transforms import lapped_basis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 from lic.train.data import Pictures
 
@@ -130,9 +130,10 @@ class Trainer:
                 loss, bpp, z_bpp, mse = (sums[:-1] / sums[-1]).tolist()
                 if not math.isfinite(loss):
                     raise LicError(f"the loss is not finite at step {self.step}; the state of the last save is intact")
-                log({"step": self.step, "minutes": round(self.seconds / 60, 2), "mpx": round(self.pixels / 1e6, 1),
-                     "progress": round(progress, 4), "lr": self.learning_rate(), "pictures": pictures.count,
-                     "loss": round(loss, 5), "bpp": round(bpp, 4), "z_bpp": round(z_bpp, 4), "mse": round(mse, 3)})  # fmt: skip
+                entry = {"step": self.step, "minutes": round(self.seconds / 60, 2), "mpx": round(self.pixels / 1e6, 1)}
+                entry |= {"progress": round(progress, 4), "lr": self.learning_rate(), "pictures": pictures.count}
+                entry |= {"loss": round(loss, 5), "bpp": round(bpp, 4), "z_bpp": round(z_bpp, 4), "mse": round(mse, 3)}
+                log(entry)
                 sums = None
                 if finished or now - saved > 120:
                     self.save(state)
@@ -190,8 +191,7 @@ class Trainer:
         """A batch (B, crop, crop, 3) in [-0.5, 0.5], half of it from scaled-down pictures, and its quality codes."""
         half = batch // 2
         crops = [
-            pool.crops(n, crop, self.generator)
-            for pool, n in zip(pictures.pools, (half, batch - half), strict=True)
+            pool.crops(n, crop, self.generator) for pool, n in zip(pictures.pools, (half, batch - half), strict=True)
         ]
         u = torch.rand(batch, generator=self.generator, device=self.device)
         u[:half] *= 0.75  # lightly compressed originals would teach the highest qualities to drop detail

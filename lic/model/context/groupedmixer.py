@@ -10,6 +10,7 @@ kernels that give each group its own neighbourhood.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class GroupSchedule:
 
     def __init__(self, slices: tuple[int, ...]) -> None:
         edges = [sum(slices[:i]) for i in range(len(slices) + 1)]
-        self.channels = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        self.channels = [slice(a, b) for a, b in pairwise(edges)]
 
     def steps(self, geometry: Geometry) -> int:
         return self.groups
@@ -68,6 +69,8 @@ class GroupedMixerState:
 class InnerMixer(nn.Module):
     """Depthwise 3x3 of each group's own, windowed self-attention with relative positions, feed-forward."""
 
+    index: Tensor  # (window², window²): entry of the table of relative positions for query and key
+
     def __init__(self, config: Config, groups: int, shifted: bool) -> None:
         super().__init__()
         width = config.context_width
@@ -106,7 +109,8 @@ class InnerMixer(nn.Module):
             mask = inside.reshape(nh, k, nw, k).transpose(1, 2).reshape(nh, nw, 1, 1, 1, k * k)
         qkv = qkv.reshape(b, nh, k, nw, k, n, 3, self.heads, d // self.heads)
         qkv = qkv.permute(6, 0, 1, 3, 5, 7, 2, 4, 8).flatten(-3, -2)  # (3, B, nh, nw, n, heads, k·k, d/heads)
-        y = attend(*qkv.unbind(0), self.bias[self.index].permute(2, 0, 1), mask)
+        q, key, v = qkv.unbind(0)
+        y = attend(q, key, v, self.bias[self.index].permute(2, 0, 1), mask)
         y = y.unflatten(-2, (k, k)).permute(0, 1, 5, 2, 6, 3, 4, 7)  # (B, nh, k, nw, k, n, heads, d/heads)
         return y.reshape(b, nh * k, nw * k, n, d)[:, s : s + h, s : s + w]
 
@@ -154,10 +158,11 @@ class GroupedMixer(Context):
         pairs = range(config.context_mixers)
         self.inner = nn.ModuleList(InnerMixer(config, groups, shifted=i % 2 == 1) for i in pairs)
         self.cross = nn.ModuleList(CrossMixer(config, groups) for _ in pairs)
-        self.head = nn.ModuleList(nn.Linear(width, 2 * c) for c in config.slices)
-        for head in self.head:  # step 0 predicts each channel's own standard deviation
+        heads = [nn.Linear(width, 2 * c) for c in config.slices]
+        for head in heads:  # step 0 predicts each channel's own standard deviation
             nn.init.normal_(head.weight, std=0.1 * width**-0.5)
             nn.init.zeros_(head.bias)
+        self.head = nn.ModuleList(heads)
 
     def start(self, psi: Tensor, geometry: Geometry, code: Tensor, unit: Tensor) -> GroupedMixerState:
         tokens = []
