@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -102,6 +104,18 @@ def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> Non
     average, _ = averaged_model(tmp_path / "run" / "state.pt")
     for name, tensor in average.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(photos), "--state", str(tmp_path), "--minutes", "0.1", "--model", "tiny", "--batch", "2",
+                 "--crop", "64", "--late-crop", "64", "--device", "cpu", "--threads", "1"]  # fmt: skip
+    run = subprocess.run([*torchrun, "-m", "lic", "train", *arguments], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["mpx"] == pytest.approx(last["step"] * 2 * 2 * 64 * 64 / 1e6, abs=0.06)
+    assert averaged_model(tmp_path / "state.pt")[1]["step"] == last["step"]
 
 
 def test_state_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 ENTROPY_PARTS = ("h_s", "context", "log_gain", "sigma")
 SYNTHESIS_PARTS = ("shortcut", "g_s", "log_igain")
+REVISION = 1  # of what the code computes from the same arrays: raised whenever that changes
 NETWORKS = ("g_a", "g_s", "h_a", "h_s", "context")
 
 
@@ -175,7 +176,7 @@ def _network(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> CodecMode
 def identities(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[bytes, bytes]:
     """(entropy identity, synthesis identity) of a configuration and the arrays of a weights file."""
     entropy, synthesis = hashlib.sha256(), hashlib.sha256()
-    shape = {k: v for k, v in config.items() if k != "name"}
+    shape = {k: v for k, v in config.items() if k != "name"} | {"revision": REVISION}
     entropy.update(json.dumps(shape, sort_keys=True).encode())
     for name in sorted(arrays):
         part = name.partition(".")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -27,9 +28,11 @@ import click
 def command(data, folder, minutes, schedule_minutes, init, device, threads, **settings):  # type: ignore[no-untyped-def]
     """Train a model on DATA: tar files or folders of pictures.
 
-    A slice stops after --minutes and the next call with the same --state continues it exactly.
+    A slice stops after --minutes and the next call with the same --state continues it exactly. For several GPUs:
+    torchrun --nproc-per-node N -m lic train ...
     """
     import torch
+    import torch.distributed as dist
 
     from lic.errors import LicError
     from lic.pipeline.device import select_device
@@ -39,6 +42,11 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     if threads:
         torch.set_num_threads(threads)
     target = torch.device(select_device(device))
+    if "WORLD_SIZE" in os.environ:  # set by torchrun
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+        if target.type == "cuda":
+            target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(target)
     torch.set_float32_matmul_precision("high")
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.pt"
@@ -56,8 +64,9 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     write = append_log(folder / "log.jsonl")
 
     def log(entry: dict[str, object]) -> None:
-        write(entry)
-        click.echo(json.dumps(entry), err=True)
+        if trainer.rank == 0:
+            write(entry)
+            click.echo(json.dumps(entry), err=True)
 
     crops = (trainer.settings.crop, trainer.settings.late_crop, 144)
     pictures = Pictures(list(data), target, max(crops), trainer.settings.seed)
@@ -65,6 +74,9 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
         trainer.run(pictures, minutes, state, log)
     except OSError as error:
         raise LicError(f"cannot save the state: {error}") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @click.command()

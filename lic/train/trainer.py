@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lic.errors import LicError
@@ -50,13 +51,17 @@ class Settings:
 
 
 class Trainer:
-    """Everything that a slice of training saves and restores."""
+    """Everything that a slice of training saves and restores.
+
+    Under ``torchrun`` every process trains on its own crops and the gradients are averaged; the first one saves and logs.
+    """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         torch.manual_seed(settings.seed)
         self.model = CodecModel(CONFIGS[settings.model]).to(device)
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.generator = torch.Generator(device).manual_seed(settings.seed + 1000 * self.rank)
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model), betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
         )
@@ -66,7 +71,9 @@ class Trainer:
         self.first_step = 0  # of the present optimiser state: warm-up counts from it
 
     def save(self, path: Path) -> None:
-        """Write the state, atomically."""
+        """Write the state, atomically; only the first process does."""
+        if self.rank > 0:
+            return
         state = {
             "version": STATE_VERSION,
             "settings": asdict(self.settings),
@@ -97,8 +104,11 @@ class Trainer:
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step, trainer.seconds, trainer.pixels = state["step"], state["seconds"], state["pixels"]
         trainer.first_step = state["first_step"]
-        trainer.generator.set_state(state["generator"])
-        torch.set_rng_state(state["random"])
+        if trainer.rank == 0:
+            trainer.generator.set_state(state["generator"])
+            torch.set_rng_state(state["random"])
+        else:  # the state holds the first process's random numbers: others draw theirs anew
+            trainer.generator.manual_seed(trainer.settings.seed + 1000 * trainer.rank + trainer.step)
         trainer.fresh = False
         return trainer
 
@@ -124,7 +134,7 @@ class Trainer:
             self.seconds += now - last
             last = now
             progress = self.progress()
-            finished = progress >= 1 or now >= end
+            finished = self._agree(progress >= 1 or now >= end)
             if self.step % 50 == 0 or finished:
                 pictures.refresh()
                 loss, bpp, z_bpp, mse = (sums[:-1] / sums[-1]).tolist()
@@ -140,6 +150,22 @@ class Trainer:
                     saved = now
             if finished:
                 return
+
+    def _agree(self, finished: bool) -> bool:
+        """The first process's clock decides for all, and all go on with its time."""
+        if self.processes > 1:
+            clock = torch.tensor([float(finished), self.seconds], dtype=torch.float64, device=self.device)
+            dist.broadcast(clock, 0)
+            finished, self.seconds = bool(clock[0]), float(clock[1])
+        return finished
+
+    def _average_gradients(self) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.processes
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def progress(self) -> float:
         """Part of the schedule that is over."""
@@ -177,10 +203,12 @@ class Trainer:
         loss, metrics = loss_of(x, code, frozen)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.processes > 1:
+            self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         self.optimizer.step()
         self.step += 1
-        self.pixels += batch * crop * crop
+        self.pixels += self.processes * batch * crop * crop
         decay = min(s.ema, 1 - 1 / (1 + 0.1 * (self.step - self.first_step + 1)))
         with torch.no_grad():
             current = self.model.state_dict()
@@ -214,6 +242,9 @@ class Trainer:
                 count += len(y)
         variance = self.model.shortcut.set_basis(covariance / count)
         self.model.sigma.copy_(torch.from_numpy(np.sqrt(variance)))
+        if self.processes > 1:
+            for tensor in self.model.state_dict().values():
+                dist.broadcast(tensor, 0)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
 
