@@ -14,6 +14,8 @@ import pytest
 DATA = Path(__file__).parent / "data"
 # Before anything asks for models: the tests code with the tiny one, which never changes.
 os.environ["LIC_MODELS"] = str(DATA / "models")
+# Threads that wait for each other crawl on a machine with other work, and the tests' networks are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The processes that tests start run this checkout too, wherever they are started and whatever is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

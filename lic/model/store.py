@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lic import atomic
 from lic.coder import Tables
 from lic.container import Header
 from lic.errors import LicError, UnsupportedError
@@ -190,7 +191,7 @@ def identities(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[b
 
 def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
     """Write a weights file. ``meta`` holds rate_range and provenance; everything else is made here."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     from lic.model.complexity import kmac_per_pixel
     from lic.model.tables import make_tables
@@ -223,6 +224,4 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
         "rate_range": meta.get("rate_range"),
         "provenance": meta["provenance"],
     }
-    temporary = path.with_suffix(".tmp")
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {"lic": json.dumps(header)})
-    os.replace(temporary, path)
+    atomic.write(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"lic": json.dumps(header)}))
