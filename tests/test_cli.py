@@ -81,6 +81,16 @@ def test_standard_streams_hold_data_and_nothing_else(lic: Run, png: Path, pictur
     assert pixels(decoded.stdout).shape == picture.shape
 
 
+@pytest.mark.slow
+def test_standard_output_is_clean_on_the_very_first_run(lic: Run, tmp_path: Path, png: Path) -> None:
+    first = {**os.environ, "LIC_CACHE_DIR": str(tmp_path / "fresh")}  # the coder has to be compiled
+    encoded = lic("encode", png, "-", *TINY, env=first)
+    assert encoded.returncode == 0, encoded.stderr
+    again = lic("encode", png, "-", *TINY, env=first)
+    assert encoded.stdout == again.stdout
+    assert container.parse(encoded.stdout).header.width == 70
+
+
 def test_nothing_that_prints_can_damage_standard_output(lic: Run, png: Path) -> None:
     # A compiler that a library starts writes to descriptor 1 behind Python's back.
     script = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lic.model.codec import MIN_SCALE, CodecModel, bounded_scale, expected_offset, gaussian_bits
+from lic.model.codec import MIN_SCALE, CodecModel, bounded_scale, expected_offset, gaussian_bits, round_for_rate
 from lic.model.complexity import kmac_per_pixel
 from lic.model.config import CONFIGS, Config
 from lic.model.layers import attend, depth_to_space, space_to_depth
@@ -82,6 +82,22 @@ def test_expected_offset_is_the_conditional_mean() -> None:
         assert abs(float(inside.mean() - value) - float(offset)) < 2e-3
     far = expected_offset(torch.tensor([50.0, -50.0]), torch.zeros(2), torch.full((2,), 0.11))
     assert far.tolist() == [-0.5, 0.5]
+
+
+def test_rounding_for_rate_never_costs_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, mean = 3 * torch.randn(2, 10_000, generator=generator)
+    scale = torch.rand(10_000, generator=generator) * 2 + MIN_SCALE
+    nearest = torch.round(y)
+
+    def cost(value: torch.Tensor) -> torch.Tensor:
+        return gaussian_bits(value, mean, scale) + 8 * (y - value - expected_offset(value, mean, scale)).square()
+
+    chosen = round_for_rate(y, mean, scale, torch.tensor(8.0))
+    assert bool((cost(chosen) <= cost(nearest)).all())
+    assert (chosen - nearest).abs().max() == 1
+    assert bool(((chosen - mean).abs() <= (nearest - mean).abs() + 0.5).all())
+    assert torch.equal(round_for_rate(y, mean, scale, torch.tensor(1e6)), nearest)
 
 
 def test_scale_bound_lets_gradients_raise_but_not_lower() -> None:

@@ -24,7 +24,9 @@ from lic.train.export import export
 from lic.train.trainer import Settings, Trainer, averaged_model
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(model="tiny", schedule_minutes=60, batch=2, crop=64, late_crop=64, warm_up_steps=5, frozen_part=0)
+SETTINGS = Settings(
+    model="tiny", schedule_minutes=60, batch=2, crop=64, late_crop=64, warm_up_steps=5, frozen_part=0, refine_part=0
+)
 
 
 def write_pictures(folder: Path, count: int, seed: int = 0) -> None:
@@ -84,6 +86,20 @@ def test_frozen_part_keeps_the_linear_analysis(photos: Path) -> None:
     take_steps(trainer, source, 2)
     changed = {k.partition(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"g_s", "h_a", "h_s", "prior", "context", "log_igain"}
+
+
+def test_refinement_keeps_the_analysis_and_rounds_for_rate(photos: Path) -> None:
+    source = pictures(photos)
+    source.wait()
+    trainer = fresh_trainer(source, Settings(model="tiny", batch=2, crop=64, refine_part=1.0))
+    torch.nn.init.normal_(trainer.model.g_a.last.weight, std=0.01)
+    x, code = trainer.sample(source, 2, 64)
+    with torch.no_grad():
+        before = trainer.model.analysis(x, code)
+        plain = trainer.model(x, code, frozen_latents=True).y_bits
+        assert bool((trainer.model(x, code, frozen_latents=True, optimised_rounding=True).y_bits < plain).all())
+    take_steps(trainer, source, 2)
+    assert torch.equal(trainer.model.analysis(x, code), before)
 
 
 def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> None:

@@ -74,11 +74,21 @@ class CodecModel(nn.Module):
         """z, not rounded, from unrounded latents in quantiser steps."""
         return self.h_a(features(y, self.unit(code)[:, None, None]), code)
 
-    def forward(self, x: Tensor, code: Tensor, *, frozen_latents: bool = False) -> Forward:
+    def distortion_weight(self, code: Tensor) -> Tensor:
+        """Bits that a squared error of one quantiser step is worth, (B, M): λ/3·(255·igain)².
+
+        Exact for an orthonormal synthesis; the MSE is a mean over three channels.
+        """
+        return _lambda(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
+
+    def forward(
+        self, x: Tensor, code: Tensor, *, frozen_latents: bool = False, optimised_rounding: bool = False
+    ) -> Forward:
         """Training pass: rounding with straight-through gradients, rate under additive noise.
 
         With ``frozen_latents`` the transforms up to y carry no gradient and the rate is that of the rounded latents:
-        the entropy model is then trained as a density model.
+        the entropy model is then trained as a density model. With ``optimised_rounding`` besides, the latents are
+        rounded as the encoder does it (:func:`round_for_rate`), with the context of plainly rounded ones.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
@@ -86,6 +96,11 @@ class CodecModel(nn.Module):
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(_noisy(z), code).sum(dim=(1, 2, 3))
         psi = self.h_s(round_ste(z), code)
+        if optimised_rounding:
+            with torch.no_grad():
+                mean, log_scale = self.context.teacher(psi, y_hat, code, self.unit(code))
+                weight = self.distortion_weight(code)[:, None, None]
+                y_hat = round_for_rate(y, mean, bounded_scale(log_scale), weight)
         mean, log_scale = self.context.teacher(psi, y_hat, code, self.unit(code))
         scale = bounded_scale(log_scale)
         y_bits = gaussian_bits(y_hat if frozen_latents else _noisy(y), mean, scale).sum(dim=(1, 2, 3))
@@ -93,10 +108,14 @@ class CodecModel(nn.Module):
         return Forward(self.synthesis(y_hat + offset, code), y_bits, z_bits)
 
 
+def _lambda(code: Tensor) -> Tensor:
+    """:func:`lic.quality.lambda_of` on tensors."""
+    return MIN_LAMBDA * torch.exp(code.float() / MAX_CODE * math.log(MAX_LAMBDA / MIN_LAMBDA))
+
+
 def _step(code: Tensor) -> Tensor:
     """:func:`lic.quality.step_of` on tensors."""
-    log_lambda = math.log(MIN_LAMBDA) + code.float() / MAX_CODE * math.log(MAX_LAMBDA / MIN_LAMBDA)
-    return torch.sqrt(26 / torch.exp(log_lambda))
+    return torch.sqrt(26 / _lambda(code))
 
 
 def _noisy(x: Tensor) -> Tensor:
@@ -114,6 +133,22 @@ def gaussian_bits(y: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     distance = (y - mean).abs()
     mass = _cdf((0.5 - distance) / scale) - _cdf((-0.5 - distance) / scale)
     return -torch.log2(lower_bound(mass, 1e-9))
+
+
+def round_for_rate(y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    """Round y to the nearest integer or the next one towards the mean, whichever costs less.
+
+    The cost is bits + weight·(error of the dequantised value)²: rate-distortion optimised quantisation with the
+    context as it is, blind to what a choice does to the prediction of later symbols.
+    """
+    nearest = torch.round(y)
+    other = nearest + torch.sign(torch.round(mean) - nearest)
+
+    def cost(value: Tensor) -> Tensor:
+        error = y - value - expected_offset(value, mean, scale)
+        return gaussian_bits(value, mean, scale) + weight * error.square()
+
+    return torch.where(cost(other) < cost(nearest), other, nearest)
 
 
 def expected_offset(y_hat: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

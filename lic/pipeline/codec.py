@@ -73,7 +73,7 @@ def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progre
     checks, bits, tiles = _Symbols(), 0.0, []
     for done, (geometry, rows, columns) in enumerate(boxes):
         part = y[:, rows, columns]
-        known = Latents(torch.round(net.hyper_analysis(part, code)), torch.round(part))
+        known = Latents(torch.round(net.hyper_analysis(part, code)), part)
         writer = Writer()
         coded = code_tile(model, geometry, quality_code, writer, known)
         checks.add(coded.latents)

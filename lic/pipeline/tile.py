@@ -15,7 +15,7 @@ from torch import Tensor
 from lic import coder
 from lic.coder import SCALES, Tables
 from lic.errors import CorruptError
-from lic.model.codec import bounded_scale, expected_offset, gaussian_bits
+from lic.model.codec import bounded_scale, expected_offset, gaussian_bits, round_for_rate
 from lic.model.context import Geometry
 from lic.model.hyperprior import Z_LIMIT
 from lic.model.store import LoadedModel
@@ -55,7 +55,7 @@ class Reader:
 
 @dataclass
 class Latents:
-    """What is coded of one tile: z (1, h/4, w/4, C) and y (1, h, w, M), integers held as float."""
+    """z (1, h/4, w/4, C), integers held as float, and y (1, h, w, M): integers too, or not rounded yet."""
 
     z: Tensor
     y: Tensor
@@ -74,9 +74,10 @@ class CodedTile:
 def code_tile(
     model: LoadedModel, geometry: Geometry, quality_code: int, symbols: SymbolCoder, known: Latents | None
 ) -> CodedTile:
-    """Code one tile. ``known`` holds the latents for a writer and is None for a reader.
+    """Code one tile. ``known`` holds the latents for a writer, y not rounded, and is None for a reader.
 
-    Raises CorruptError if a reader's streams do not decode.
+    A writer rounds each step's latents for the least bits + λ·distortion under the table that they get. Raises
+    CorruptError if a reader's streams do not decode.
     """
     net, device = model.net, model.device
     config, schedule = net.config, net.context.schedule
@@ -95,6 +96,7 @@ def code_tile(
     y = torch.zeros(1, *shape, config.latent, device=device)
     dequantised = torch.zeros_like(y)
     bits = 0.0 if known is None else float(net.prior.bits(z, code).sum())
+    weight = net.distortion_weight(code)[:, None, None].expand_as(y)
     state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
     for step in range(schedule.steps(geometry)):
         mean, log_scale = net.context.predict(state, step)
@@ -103,19 +105,17 @@ def code_tile(
         centred = eighths + FRACTIONS // 2
         shift = centred.div(FRACTIONS, rounding_mode="floor")
         rows = scale_index * FRACTIONS + (centred - shift * FRACTIONS)
-        given = None if known is None else schedule.take(known.y, step)
-        values = symbols.code(
-            1 + schedule.stream_of(step),
-            _integers(rows),
-            model.y_tables,
-            None if given is None else _integers(given) - _integers(shift),
-        )
+        table_mean, scale = eighths / FRACTIONS, torch.exp(LOG_SCALE_0 + scale_index * LOG_SCALE_STEP)
+        given = None
+        if known is not None:
+            rounded = round_for_rate(schedule.take(known.y, step), table_mean, scale, schedule.take(weight, step))
+            given = _integers(rounded) - _integers(shift)
+        values = symbols.code(1 + schedule.stream_of(step), _integers(rows), model.y_tables, given)
         y_step = (torch.from_numpy(values).to(device).reshape(shift.shape) + shift).float()
         if known is not None:
             bits += float(gaussian_bits(y_step, mean, bounded_scale(log_scale)).sum())
-        scale = torch.exp(LOG_SCALE_0 + scale_index * LOG_SCALE_STEP)
         schedule.put(y, step, y_step)
-        schedule.put(dequantised, step, y_step + expected_offset(y_step, eighths / FRACTIONS, scale))
+        schedule.put(dequantised, step, y_step + expected_offset(y_step, table_mean, scale))
         state = net.context.observe(state, step, y_step)
     return CodedTile(Latents(z, y), dequantised, bits)
 

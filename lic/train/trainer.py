@@ -40,7 +40,8 @@ class Settings:
     schedule_minutes: float = 120.0
     learning_rate: float = 1e-3
     warm_up_steps: int = 200
-    frozen_part: float = 0.3  # share of the run with the linear analysis and the entropy model as density model
+    frozen_part: float = 0.3  # first share of the run: linear analysis, entropy model as density model
+    refine_part: float = 0.3  # last share: analysis as it is, the rest trained on latents rounded as the encoder does
     batch: int = 4
     crop: int = 192
     late_batch: int = 2  # batch and crop of the last quarter
@@ -53,7 +54,7 @@ class Settings:
 class Trainer:
     """Everything that a slice of training saves and restores.
 
-    Under ``torchrun`` every process trains on its own crops and the gradients are averaged; the first one saves and logs.
+    Under ``torchrun`` every process trains on its own crops and the gradients are averaged; the first one saves.
     """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
@@ -176,10 +177,10 @@ class Trainer:
         warm = min(1.0, (self.step - self.first_step + 1) / self.settings.warm_up_steps)
         return self.settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress())))
 
-    def loss(self, x: Tensor, code: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
+    def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, MSE, 1)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            out = self.model(x, code, frozen_latents=frozen)
+            out = self.model(x, code, frozen_latents=frozen, optimised_rounding=refine)
         pixels = x.shape[1] * x.shape[2]
         bpp = (out.y_bits + out.z_bits) / pixels
         mse = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
@@ -195,12 +196,13 @@ class Trainer:
         late = self.progress() > 0.75
         batch, crop = (s.late_batch, s.late_crop) if late else (s.batch, s.crop)
         x, code = self.sample(pictures, batch, crop)
-        frozen = self.progress() < s.frozen_part
+        refine = self.progress() >= 1 - s.refine_part
+        frozen = refine or self.progress() < s.frozen_part
         for group in self.optimizer.param_groups:
             # The decoder shares these with the analysis: without rate in their gradient they would run away.
             held = frozen and group["name"] in ("shortcut", "log_gain")
             group["lr"] = 0.0 if held else self.learning_rate() * group["factor"]
-        loss, metrics = loss_of(x, code, frozen)
+        loss, metrics = loss_of(x, code, frozen, refine)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.processes > 1:
