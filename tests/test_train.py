@@ -19,7 +19,7 @@ from PIL import Image
 from lic.errors import LicError
 from lic.model import store
 from lic.train.cli import command
-from lic.train.data import Pictures, Pool, read_pictures
+from lic.train.data import Pictures, Pool
 from lic.train.export import export
 from lic.train.trainer import Settings, Trainer, averaged_model
 
@@ -46,7 +46,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pictures(photos: Path) -> Pictures:
-    return Pictures([photos], CPU, 144, seed=1, watch=False)
+    return Pictures([photos], CPU, seed=1, watch=False)
 
 
 def fresh_trainer(source: Pictures, settings: Settings = SETTINGS) -> Trainer:
@@ -61,14 +61,14 @@ def take_steps(trainer: Trainer, source: Pictures, count: int) -> list[list[floa
 
 def test_loss_falls(photos: Path) -> None:
     source = pictures(photos)
-    source.wait()
+    source.wait(64)
     losses = [m[0] for m in take_steps(fresh_trainer(source), source, 40)]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
 def test_resumes_exactly(photos: Path, tmp_path: Path) -> None:
     source = pictures(photos)
-    source.wait()
+    source.wait(64)
     straight = fresh_trainer(source)
     first = take_steps(straight, source, 3)
     straight.save(tmp_path / "state.pt")
@@ -80,7 +80,7 @@ def test_resumes_exactly(photos: Path, tmp_path: Path) -> None:
 
 def test_frozen_part_keeps_the_linear_analysis(photos: Path) -> None:
     source = pictures(photos)
-    source.wait()
+    source.wait(64)
     trainer = fresh_trainer(source, Settings(model="tiny", batch=2, crop=64, frozen_part=1.0))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     take_steps(trainer, source, 2)
@@ -90,7 +90,7 @@ def test_frozen_part_keeps_the_linear_analysis(photos: Path) -> None:
 
 def test_refinement_keeps_the_analysis_and_rounds_for_rate(photos: Path) -> None:
     source = pictures(photos)
-    source.wait()
+    source.wait(64)
     trainer = fresh_trainer(source, Settings(model="tiny", batch=2, crop=64, refine_part=1.0))
     torch.nn.init.normal_(trainer.model.g_a.last.weight, std=0.01)
     x, code = trainer.sample(source, 2, 64)
@@ -142,7 +142,7 @@ def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
 
 def test_not_finite_loss_stops_and_keeps_the_last_state(photos: Path, tmp_path: Path) -> None:
     source = pictures(photos)
-    source.wait()
+    source.wait(64)
     trainer = fresh_trainer(source)
     trainer.save(tmp_path / "state.pt")
     before = (tmp_path / "state.pt").read_bytes()
@@ -158,14 +158,17 @@ def test_bad_and_small_pictures_are_left_out(photos: Path, tmp_path: Path) -> No
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no picture")
     (tmp_path / "notes.txt").write_text("no picture")
     Image.new("RGB", (20, 20)).save(tmp_path / "small.png")
-    assert len(list(read_pictures(tmp_path))) == 2
-    source = Pictures([tmp_path], CPU, 144, seed=1, watch=False)
-    source.wait()
-    assert [len(pool.sizes) for pool in source.pools] == [1, 1]
+    source = Pictures([tmp_path], CPU, seed=1, watch=False)
+    source.wait(144)
+    assert source.count == 2
+    crops = source.pools[0].crops(50, 144, torch.Generator().manual_seed(0))
+    assert bool(crops.flatten(1).any(1).all())  # none is from the small black one
+    with pytest.raises(LicError, match="512 pixels"):
+        source.wait(512)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(LicError, match="no pictures"):
-        Pictures([empty], CPU, 144, seed=1, watch=False).wait()
+        Pictures([empty], CPU, seed=1, watch=False).wait(64)
 
 
 def test_shards_that_arrive_are_read(tmp_path: Path) -> None:
@@ -181,8 +184,8 @@ def test_shards_that_arrive_are_read(tmp_path: Path) -> None:
         (tmp_path / (name + ".part")).rename(tmp_path / name)
 
     shard("a.tar", 2)
-    source = Pictures([tmp_path], CPU, 100, seed=1)
-    source.wait()
+    source = Pictures([tmp_path], CPU, seed=1)
+    source.wait(64)
     assert source.count == 2
     shard("b.tar", 3)
     for _ in range(100):
@@ -194,7 +197,7 @@ def test_shards_that_arrive_are_read(tmp_path: Path) -> None:
 
 
 def test_crops_come_from_the_pictures() -> None:
-    pool = Pool(CPU, 8)
+    pool = Pool(CPU)
     pool.add([np.full((20, 30, 3), value, np.uint8) for value in (10, 200)])
     gradient = np.arange(40, dtype=np.uint8)[:, None, None] * np.ones((1, 40, 3), np.uint8)
     pool.add([gradient, np.zeros((4, 4, 3), np.uint8)])

@@ -69,8 +69,7 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
             write(entry)
             click.echo(json.dumps(entry), err=True)
 
-    crops = (trainer.settings.crop, trainer.settings.late_crop, 144)
-    pictures = Pictures(list(data), target, max(crops), trainer.settings.seed)
+    pictures = Pictures(list(data), target, trainer.settings.seed)
     try:
         trainer.run(pictures, minutes, state, log)
     except OSError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,51 +21,58 @@ from lic.errors import LicError
 SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-def read_pictures(source: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, uint8 (H, W, 3)) of the pictures in a tar file, a folder or a file; unreadable ones are skipped."""
+def read_files(source: Path) -> Iterator[bytes]:
+    """The contents of the picture files in a tar file or a folder, or of a single file."""
     if source.suffix == ".tar":
         with tarfile.open(source) as tar:
             for member in tar:
                 file = tar.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
                 if file is not None:
-                    yield from _decoded(member.name, file.read())
+                    yield file.read()
     else:
-        files = sorted(source.rglob("*")) if source.is_dir() else [source]
-        for path in files:
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
             if path.suffix.lower() in SUFFIXES:
-                yield from _decoded(str(path), path.read_bytes())
+                yield path.read_bytes()
 
 
-def _decoded(name: str, data: bytes) -> Iterator[tuple[str, np.ndarray]]:
+def decode(data: bytes) -> np.ndarray | None:
+    """uint8 (H, W, 3), or None if the data is no whole picture."""
     try:
-        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return
-    yield name, np.asarray(picture)
+        return None
+
+
+def decode_with_smaller(data: bytes, factor: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """A picture and the same scaled by ``factor``, or None."""
+    picture = decode(data)
+    if picture is None:
+        return None
+    size = (max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor)))
+    return picture, np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
 class Pool:
     """Pictures in one flat uint8 tensor (pixels, 3), cropped by index arithmetic so that nothing leaves the device."""
 
-    def __init__(self, device: torch.device, crop_limit: int) -> None:
-        self.device, self.crop_limit = device, crop_limit
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.flat = torch.empty(0, 3, dtype=torch.uint8, device=device)
         self.sizes = torch.empty(0, 3, dtype=torch.int64, device=device)  # start, height, width
 
     def add(self, pictures: list[np.ndarray]) -> None:
-        """Append pictures (H, W, 3); those smaller than the largest crop are left out."""
-        kept = [p for p in pictures if min(p.shape[:2]) >= self.crop_limit]
-        if not kept:
+        """Append pictures (H, W, 3)."""
+        if not pictures:
             return
-        pixels = [torch.from_numpy(p.copy()).reshape(-1, 3).to(self.device) for p in kept]
+        pixels = [torch.from_numpy(p.copy()).reshape(-1, 3).to(self.device) for p in pictures]
         counts = torch.tensor([0] + [len(p) for p in pixels[:-1]]).cumsum(0) + len(self.flat)
-        shape = torch.tensor([p.shape[:2] for p in kept])
+        shape = torch.tensor([p.shape[:2] for p in pictures])
         sizes = torch.cat([counts[:, None], shape], dim=1).to(self.device)
         self.flat, self.sizes = torch.cat([self.flat, *pixels]), torch.cat([self.sizes, sizes])
 
     def crops(self, batch: int, side: int, generator: torch.Generator) -> Tensor:
-        """Random crops with flips and transpositions, uint8 (batch, side, side, 3)."""
-        area = (self.sizes[:, 1] * self.sizes[:, 2]).float()
+        """Random crops with flips and transpositions, uint8 (batch, side, side, 3), from pictures large enough."""
+        area = (self.sizes[:, 1] * self.sizes[:, 2] * (self.sizes[:, 1:].amin(1) >= side)).float()
         start, height, width = self.sizes[torch.multinomial(area, batch, True, generator=generator)].unbind(1)
         u = torch.rand(5, batch, generator=generator, device=self.device)
         top = (u[0] * (height - side + 1)).long()
@@ -83,10 +92,8 @@ class Pictures:
     tar files that appear later in a folder are read when they are there.
     """
 
-    def __init__(
-        self, sources: list[Path], device: torch.device, crop_limit: int, seed: int, watch: bool = True
-    ) -> None:
-        self.pools = (Pool(device, crop_limit), Pool(device, crop_limit))
+    def __init__(self, sources: list[Path], device: torch.device, seed: int, watch: bool = True) -> None:
+        self.pools = (Pool(device), Pool(device))
         self.count = 0
         self._sources, self._random = sources, np.random.default_rng(seed)
         self._ready: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
@@ -96,13 +103,14 @@ class Pictures:
         self._thread = threading.Thread(target=self._fill, daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Block until the first pictures are there. Raises LicError if there are none."""
+    def wait(self, side: int) -> None:
+        """Block until the first pictures are there. Raises LicError if none gives a crop of ``side`` pixels."""
         while not self._ready and (self._thread.is_alive() and not (self._watch and self._idle)):
             time.sleep(0.1)
         self.refresh()
-        if any(len(pool.sizes) == 0 for pool in self.pools):
-            raise LicError("no pictures large enough for training in " + ", ".join(map(str, self._sources)))
+        if not all((pool.sizes[:, 1:] >= side).all(1).any() for pool in self.pools):
+            where = ", ".join(map(str, self._sources))
+            raise LicError(f"no pictures in {where} that are {side} pixels a side, also when scaled by 0.4 to 0.8")
 
     def refresh(self) -> None:
         """Take over what the thread has read. Called between steps."""
@@ -134,12 +142,10 @@ class Pictures:
         return [path for path in found if path not in self._done]
 
     def _read(self, path: Path) -> None:
-        plain: list[np.ndarray] = []
-        scaled: list[np.ndarray] = []
-        for _, picture in read_pictures(path):
-            plain.append(picture)
-            factor = self._random.uniform(0.4, 0.8)
-            size = (round(picture.shape[1] * factor), round(picture.shape[0] * factor))
-            scaled.append(np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)))
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as decoders:
+            pending = [
+                decoders.submit(decode_with_smaller, data, self._random.uniform(0.4, 0.8)) for data in read_files(path)
+            ]
+            pairs = [pair for task in pending if (pair := task.result()) is not None]
         with self._lock:
-            self._ready.append((plain, scaled))
+            self._ready.append(([plain for plain, _ in pairs], [scaled for _, scaled in pairs]))

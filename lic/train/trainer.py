@@ -30,6 +30,7 @@ from lic.train.data import Pictures
 
 STATE_VERSION = 1
 LOSS_EXPONENT = 0.4
+FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,12 @@ class Trainer:
 
     def run(self, pictures: Pictures, minutes: float, state: Path, log: Callable[[dict[str, Any]], None]) -> None:
         """Train for so many minutes or to the end of the schedule, saving every two minutes and at the end."""
-        pictures.wait()
+        pictures.wait(max(self.settings.crop, self.settings.late_crop, FIT_CROP))
         if self.fresh:
             self.fit_shortcut(pictures)
         end = time.monotonic() + minutes * 60
-        last = saved = time.monotonic()
+        last = saved = since = time.monotonic()
+        pixels = self.pixels
         sums: Tensor | None = None
         loss_of = torch.compile(self.loss) if self.device.type == "cuda" else self.loss
         while True:
@@ -142,6 +144,8 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise LicError(f"the loss is not finite at step {self.step}; the state of the last save is intact")
                 entry = {"step": self.step, "minutes": round(self.seconds / 60, 2), "mpx": round(self.pixels / 1e6, 1)}
+                entry |= {"mpx_per_s": round((self.pixels - pixels) / 1e6 / (now - since), 2)}
+                pixels, since = self.pixels, now
                 entry |= {"progress": round(progress, 4), "lr": self.learning_rate(), "pictures": pictures.count}
                 entry |= {"loss": round(loss, 5), "bpp": round(bpp, 4), "z_bpp": round(z_bpp, 4), "mse": round(mse, 3)}
                 log(entry)
@@ -235,7 +239,7 @@ class Trainer:
         covariance, count = np.zeros((768, 768)), 0
         for _ in range(64):
             for pool in pictures.pools:
-                x = pool.crops(8, 144, generator).cpu().float() / 255 - 0.5
+                x = pool.crops(8, FIT_CROP, generator).cpu().float() / 255 - 0.5
                 blocks = space_to_depth(x, DOWNSAMPLING).unflatten(-1, (16, 16, 3))
                 four = torch.stack([blocks[:, i : i + 8, j : j + 8] for i in (0, 1) for j in (0, 1)], dim=3)
                 four = four.unflatten(3, (2, 2)).permute(0, 1, 2, 3, 5, 4, 6, 7).reshape(8, 8, 8, 32, 32, 3)
