@@ -84,17 +84,20 @@ class CodecModel(nn.Module):
     def forward(
         self, x: Tensor, code: Tensor, *, frozen_latents: bool = False, optimised_rounding: bool = False
     ) -> Forward:
-        """Training pass: rounding with straight-through gradients, rate under additive noise.
+        """Training pass: rounding with straight-through gradients into context and synthesis.
 
-        With ``frozen_latents`` the transforms up to y carry no gradient and the rate is that of the rounded latents:
-        the entropy model is then trained as a density model. With ``optimised_rounding`` besides, the latents are
-        rounded as the encoder does it (:func:`round_for_rate`), with the context of plainly rounded ones.
+        The bits are those of the rounded latents, and so are the gradients of the entropy model: under additive noise
+        it would learn scales for noise (a symbol that is always 0 then still costs a tenth of a bit). The latents
+        themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
+
+        With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` besides, the
+        latents are rounded as the encoder does it (:func:`round_for_rate`), with the context of plainly rounded ones.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
         y_hat = round_ste(y)
         z = self.hyper_analysis(y, code)
-        z_bits = self.prior.bits(_noisy(z), code).sum(dim=(1, 2, 3))
+        z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))
         psi = self.h_s(round_ste(z), code)
         if optimised_rounding:
             with torch.no_grad():
@@ -103,9 +106,11 @@ class CodecModel(nn.Module):
                 y_hat = round_for_rate(y, mean, bounded_scale(log_scale), weight)
         mean, log_scale = self.context.teacher(psi, y_hat, code, self.unit(code))
         scale = bounded_scale(log_scale)
-        y_bits = gaussian_bits(y_hat if frozen_latents else _noisy(y), mean, scale).sum(dim=(1, 2, 3))
+        y_bits = gaussian_bits(y_hat.detach(), mean, scale)
+        if not frozen_latents:
+            y_bits = y_bits + _gradient_only(gaussian_bits(_noisy(y), mean.detach(), scale.detach()))
         offset = expected_offset(y_hat, mean, scale).detach()
-        return Forward(self.synthesis(y_hat + offset, code), y_bits, z_bits)
+        return Forward(self.synthesis(y_hat + offset, code), y_bits.sum(dim=(1, 2, 3)), z_bits.sum(dim=(1, 2, 3)))
 
 
 def _lambda(code: Tensor) -> Tensor:
@@ -120,6 +125,11 @@ def _step(code: Tensor) -> Tensor:
 
 def _noisy(x: Tensor) -> Tensor:
     return x + torch.rand_like(x) - 0.5
+
+
+def _gradient_only(x: Tensor) -> Tensor:
+    """Zero, with the gradient of x."""
+    return x - x.detach()
 
 
 def bounded_scale(log_scale: Tensor) -> Tensor:

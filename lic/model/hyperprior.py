@@ -73,10 +73,14 @@ class HyperPrior(nn.Module):
         buckets = self.mean.shape[0]
         return (code.long() * buckets // (MAX_CODE + 1)).clamp(0, buckets - 1)
 
-    def bits(self, z: Tensor, code: Tensor) -> Tensor:
-        """-log2 of the probability of the unit interval around each z (B, h, w, C)."""
+    def bits(self, z: Tensor, code: Tensor, constant: bool = False) -> Tensor:
+        """-log2 of the probability of the unit interval around each z (B, h, w, C).
+
+        With ``constant`` the prior's own parameters get no gradient.
+        """
         bucket = self.bucket(code)
-        mean, log_scale, logit = (p[bucket][:, None, None] for p in (self.mean, self.log_scale, self.logit))
+        parameters = (p.detach() if constant else p for p in (self.mean, self.log_scale, self.logit))
+        mean, log_scale, logit = (p[bucket][:, None, None] for p in parameters)
         return -torch.log2(_mass(z.unsqueeze(-1), mean, log_scale, logit).clamp(min=1e-9))
 
     @torch.no_grad()

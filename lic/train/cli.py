@@ -18,7 +18,7 @@ import click
 @click.option("--init", type=click.Path(path_type=Path, exists=True), help="Weights file or state to start from.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
 @click.option("--frozen-part", type=float, default=0.3, show_default=True, help="First share, with a linear analysis.")
-@click.option("--refine-part", type=float, default=0.3, show_default=True, help="Last share, with the analysis fixed.")
+@click.option("--refine-part", type=float, default=0.25, show_default=True, help="Last share, with the analysis fixed.")
 @click.option("--batch", type=int, default=4, show_default=True)
 @click.option("--crop", type=int, default=192, show_default=True)
 @click.option("--late-batch", type=int, default=2, show_default=True)

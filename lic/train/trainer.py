@@ -42,7 +42,7 @@ class Settings:
     learning_rate: float = 1e-3
     warm_up_steps: int = 200
     frozen_part: float = 0.3  # first share of the run: linear analysis, entropy model as density model
-    refine_part: float = 0.3  # last share: analysis as it is, the rest trained on latents rounded as the encoder does
+    refine_part: float = 0.25  # last share: analysis as it is, the rest trained on latents rounded as the encoder does
     batch: int = 4
     crop: int = 192
     late_batch: int = 2  # batch and crop of the last quarter
