@@ -134,6 +134,22 @@ def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
     assert averaged_model(tmp_path / "state.pt")[1]["step"] == last["step"]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "word"), [({"model": "none"}, "tiny"), ({"batch": 1}, "two crops"), ({"late_crop": 100}, "multiples")]
+)
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, object], word: str) -> None:
+    with pytest.raises(LicError, match=word):
+        Trainer(Settings(**{"model": "tiny", **wrong}), CPU)
+
+
+def test_pictures_without_colour_are_fine(tmp_path: Path) -> None:
+    for i in range(2):
+        Image.effect_noise((300, 280), 40 + i).convert("RGB").save(tmp_path / f"{i}.png")
+    source = pictures(tmp_path)
+    source.wait(64)
+    assert np.isfinite(take_steps(fresh_trainer(source), source, 2)).all()
+
+
 def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
     torch.save({"version": 0}, tmp_path / "state.pt")
     with pytest.raises(LicError, match="version"):
@@ -156,9 +172,12 @@ def test_not_finite_loss_stops_and_keeps_the_last_state(photos: Path, tmp_path: 
 def test_bad_and_small_pictures_are_left_out(photos: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path, 1)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no picture")
+    archive = tmp_path / "archives" / "broken.tar"
+    archive.parent.mkdir()
+    archive.write_bytes(b"no archive")
     (tmp_path / "notes.txt").write_text("no picture")
     Image.new("RGB", (20, 20)).save(tmp_path / "small.png")
-    source = Pictures([tmp_path], CPU, seed=1, watch=False)
+    source = Pictures([archive, tmp_path], CPU, seed=1, watch=False)
     source.wait(144)
     assert source.count == 2
     crops = source.pools[0].crops(50, 144, torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lic.coder import SCALES
 from lic.model.config import Config
 from lic.model.context import make_context
 from lic.model.context.base import features
@@ -16,7 +17,7 @@ from lic.model.layers import QualityTable, lower_bound, round_ste
 from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
-MIN_SCALE, MAX_SCALE = 0.11, 256.0
+MIN_SCALE, MAX_SCALE = float(SCALES[0]), float(SCALES[-1])  # of the tables, in quantiser steps
 
 
 @dataclass
@@ -79,7 +80,7 @@ class CodecModel(nn.Module):
 
         Exact for an orthonormal synthesis; the MSE is a mean over three channels.
         """
-        return _lambda(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
+        return lambda_of(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
 
     def forward(
         self, x: Tensor, code: Tensor, *, frozen_latents: bool = False, optimised_rounding: bool = False
@@ -113,14 +114,14 @@ class CodecModel(nn.Module):
         return Forward(self.synthesis(y_hat + offset, code), y_bits.sum(dim=(1, 2, 3)), z_bits.sum(dim=(1, 2, 3)))
 
 
-def _lambda(code: Tensor) -> Tensor:
+def lambda_of(code: Tensor) -> Tensor:
     """:func:`lic.quality.lambda_of` on tensors."""
     return MIN_LAMBDA * torch.exp(code.float() / MAX_CODE * math.log(MAX_LAMBDA / MIN_LAMBDA))
 
 
 def _step(code: Tensor) -> Tensor:
     """:func:`lic.quality.step_of` on tensors."""
-    return torch.sqrt(26 / _lambda(code))
+    return torch.sqrt(26 / lambda_of(code))
 
 
 def _noisy(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lic.model.store import LoadedModel
 from lic.pipeline import windows
 from lic.pipeline.tile import CodedTile, Latents, Reader, Writer, code_tile
 
-TILE = 1024  # side of the tiles of an image with more pixels than LARGEST_TILE
+TILE = 1024  # side of the tiles of an image with more pixels than LARGEST_TILE, counted with its padding
 LARGEST_TILE = 1536 * 1536
 TILE_LIMIT = 2**22  # pixels of a tile that a decoder accepts: bounds its memory whatever a file claims
 
@@ -62,12 +62,11 @@ class _Symbols:
 def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progress: Progress | None = None) -> Encoded:
     """Encode uint8 (H, W, 3) at a quality code of :mod:`lic.quality`."""
     height, width, _ = rgb.shape
-    tile = TILE if height * width > LARGEST_TILE else 0
     net = model.net
     code = torch.tensor([float(quality_code)], device=model.device)
-    padding = ((0, -height % HYPER_DOWNSAMPLING), (0, -width % HYPER_DOWNSAMPLING), (0, 0))
-    padded = torch.from_numpy(np.pad(rgb, padding, mode="edge")).to(model.device)
-    y = windows.analysis(net, padded.unsqueeze(0).float() / 255 - 0.5, code)
+    grid = _geometry(width, height)
+    tile = TILE if grid.height * grid.width * DOWNSAMPLING**2 > LARGEST_TILE else 0
+    y = windows.analysis(net, rgb, grid, code)
     dequantised = torch.empty_like(y)
 
     boxes = list(_latent_boxes(width, height, tile))

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lic.model.codec import CodecModel
 from lic.model.config import DOWNSAMPLING
+from lic.model.context import Geometry
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels
-HALO = 8  # in latent positions; the transforms reach 6 (docs/architecture.md)
+HALO = 8  # in latent positions; the transforms of `base` reach 6 (docs/architecture.md)
 
 
 def _windows(size: int) -> Iterator[tuple[int, int, int, int]]:
@@ -25,14 +27,17 @@ def _windows(size: int) -> Iterator[tuple[int, int, int, int]]:
         yield start, end, max(0, start - HALO), min(size, end + HALO)
 
 
-def analysis(net: CodecModel, x: Tensor, code: Tensor) -> Tensor:
-    """g_a over windows: pixels (1, H, W, 3) -> latents (1, H/16, W/16, M) in quantiser steps."""
-    h, w = x.shape[1] // DOWNSAMPLING, x.shape[2] // DOWNSAMPLING
-    y = x.new_empty(1, h, w, net.config.latent)
+def analysis(net: CodecModel, rgb: np.ndarray, grid: Geometry, code: Tensor) -> Tensor:
+    """g_a over windows: uint8 (H, W, 3), edges continued to the latent grid -> latents (1, h, w, M), not rounded."""
     n = DOWNSAMPLING
-    for top, bottom, above, below in _windows(h):
-        for left, right, before, after in _windows(w):
-            part = net.analysis(x[:, above * n : below * n, before * n : after * n], code)
+    height, width, _ = rgb.shape
+    y = torch.empty(1, grid.height, grid.width, net.config.latent, device=code.device)
+    for top, bottom, above, below in _windows(grid.height):
+        rows = np.arange(above * n, below * n).clip(max=height - 1)
+        for left, right, before, after in _windows(grid.width):
+            columns = np.arange(before * n, after * n).clip(max=width - 1)
+            pixels = torch.from_numpy(rgb[rows[:, None], columns]).to(code.device)
+            part = net.analysis(pixels.unsqueeze(0).float() / 255 - 0.5, code)
             y[:, top:bottom, left:right] = part[:, top - above : bottom - above, left - before : right - before]
     return y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tarfile
 import threading
@@ -17,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from lic.errors import LicError
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -128,7 +131,10 @@ class Pictures:
             for path in self._pending():
                 self._idle = False
                 self._done.add(path)
-                self._read(path)
+                try:
+                    self._read(path)
+                except (OSError, tarfile.TarError) as error:
+                    log.warning("%s: left out: %s", path, str(error).partition("\n")[0])
             self._idle = True
             if not self._watch:
                 return

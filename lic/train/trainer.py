@@ -21,15 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lic.errors import LicError
-from lic.model.codec import CodecModel
-from lic.model.config import CONFIGS, DOWNSAMPLING, Config
+from lic.model.codec import CodecModel, lambda_of
+from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
 from lic.model.transforms import lapped_basis
-from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
+from lic.quality import MAX_CODE
 from lic.train.data import Pictures
 
 STATE_VERSION = 1
 LOSS_EXPONENT = 0.4
+MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
 
 
@@ -60,6 +61,12 @@ class Trainer:
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
+        if settings.model not in CONFIGS:
+            raise LicError(f"no configuration named {settings.model!r}; there are: {', '.join(CONFIGS)}")
+        if min(settings.batch, settings.late_batch) < 2:
+            raise LicError("a batch needs two crops at least: of pictures as they are, and of scaled ones")
+        if settings.crop % HYPER_DOWNSAMPLING or settings.late_crop % HYPER_DOWNSAMPLING:
+            raise LicError(f"the sides of crops must be multiples of {HYPER_DOWNSAMPLING}")
         torch.manual_seed(settings.seed)
         self.model = CodecModel(CONFIGS[settings.model]).to(device)
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -188,9 +195,8 @@ class Trainer:
         pixels = x.shape[1] * x.shape[2]
         bpp = (out.y_bits + out.z_bits) / pixels
         mse = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
-        log_lambda = math.log(MIN_LAMBDA) + code / MAX_CODE * math.log(MAX_LAMBDA / MIN_LAMBDA)
-        weight = torch.exp(-LOSS_EXPONENT * log_lambda)
-        cost = weight * (bpp + torch.exp(log_lambda) * mse)
+        weight = lambda_of(code)
+        cost = (bpp + weight * mse) * weight**-LOSS_EXPONENT
         loss = cost.mean() / 10
         return loss, torch.stack([loss, bpp.mean(), out.z_bits.mean() / pixels, mse.mean(), loss.new_ones(())]).detach()
 
@@ -246,7 +252,7 @@ class Trainer:
                 y = torch.einsum("kp,lq,bijpqc->bijklc", lapped, lapped, four).reshape(-1, 768).double()
                 covariance += (y.T @ y).numpy()
                 count += len(y)
-        variance = self.model.shortcut.set_basis(covariance / count)
+        variance = self.model.shortcut.set_basis(covariance / count).clip(min=MIN_VARIANCE)
         self.model.sigma.copy_(torch.from_numpy(np.sqrt(variance)))
         if self.processes > 1:
             for tensor in self.model.state_dict().values():
