@@ -109,6 +109,8 @@ def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> Non
         result = CliRunner().invoke(command, arguments)
         assert result.exit_code == 0, result.output
         assert result.stdout == ""
+    other = CliRunner().invoke(command, [*arguments, "--batch", "4"])
+    assert "made with batch 2" in str(other.exception)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) >= 2 and log[-1]["step"] > log[0]["step"]
     export(tmp_path / "run" / "state.pt", tmp_path / "x.safetensors", name="x", data="test", rate_range=(0.1, 2.0))

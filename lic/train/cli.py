@@ -53,6 +53,11 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     state = folder / "state.pt"
     if state.exists():
         trainer = Trainer.restore(state, target)
+        given = settings | {"schedule_minutes": schedule_minutes}
+        for name in given:
+            explicit = click.get_current_context().get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+            if explicit and given[name] != getattr(trainer.settings, name):
+                raise LicError(f"{state} was made with {name} {getattr(trainer.settings, name)}, not {given[name]}")
     else:
         trainer = Trainer(Settings(schedule_minutes=schedule_minutes or minutes, **settings), target)
         if init is not None:
