@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lic import coder
-from lic.coder import SCALES, VALUE_LIMIT, Decoder, Encoder, Tables, gaussian_tables
+from lic.coder import SCALES, VALUE_LIMIT, Decoder, Encoder, Tables, bypass, gaussian_tables, range_coder
 from lic.errors import CorruptError, LicError, UsageError
 
 GAUSSIAN = gaussian_tables()
@@ -24,9 +25,7 @@ needs_torchac = pytest.mark.skipif(
 BACKENDS = [pytest.param("torchac", marks=needs_torchac), "python"]
 
 
-def sample(
-    median: float, count: int, seed: int = 0, spread: float = 1.3
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sample(median: float, count: int, seed: int = 0, spread: float = 1.3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(values, rows, σ index) of latents with log-normal standard deviations around ``median``."""
     rng = np.random.default_rng(seed)
     sigma = np.clip(median * np.exp(rng.normal(size=count) * spread), SCALES[0], SCALES[-1])
@@ -44,9 +43,7 @@ def streams(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, Tables]:
     rare = st.one_of(st.integers(-300, 300), st.integers(-VALUE_LIMIT, VALUE_LIMIT))
     value = st.one_of(usual, usual, usual, rare)
     pairs = draw(st.lists(st.tuples(value, row), max_size=60))
-    values, rows = (
-        (np.array(part, dtype=np.int32) for part in zip(*pairs, strict=True)) if pairs else ((), ())
-    )
+    values, rows = (np.array(part, dtype=np.int32) for part in zip(*pairs, strict=True)) if pairs else ((), ())
     return np.asarray(values, dtype=np.int32), np.asarray(rows, dtype=np.int32), tables
 
 
@@ -121,6 +118,64 @@ def test_nothing_is_an_empty_stream(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_stream_has_no_coded_values(backend: str) -> None:
+    """Not even likely ones, which need not a whole byte."""
+    likely = Tables.from_pmfs([[0.97, 0.03], [1.0]], [0, 0])
+    for count in (1, 10):
+        rows = np.tile([1, 0], count)
+        with pytest.raises(CorruptError, match="empty"):
+            coder.decode(b"", rows, likely, backend=backend)
+    with pytest.raises(CorruptError, match="empty"):
+        Decoder(b"").pull(np.array([0]), likely)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_deviations_take_time_in_proportion(backend: str) -> None:
+    count = 200_000
+    rows = np.full(count, int(np.flatnonzero(GAUSSIAN.skipped)[0]))
+    values = np.where(np.arange(count) % 2, 1, -2)
+    data = coder.encode(values, rows, GAUSSIAN, backend=backend)
+    start = time.process_time()
+    assert np.array_equal(coder.decode(data, rows, GAUSSIAN, backend=backend), values)
+    assert time.process_time() - start < 6
+
+
+def test_deviations_in_steps() -> None:
+    """Whatever the steps, each deviation is applied to its value, and none is left over unnoticed."""
+    row = int(np.flatnonzero(GAUSSIAN.skipped)[0])
+    rows, values = np.full(1000, row), np.zeros(1000, dtype=int)
+    values[[0, 1, 9, 10, 500, 999]] = [1, -1, 7, 8, -3, 2]
+    data = coder.encode(values, rows, GAUSSIAN)
+    for step in (1, 9, 10, 333, 1000):
+        decoder = Decoder(data)
+        parts = [decoder.pull(rows[i : i + step], GAUSSIAN) for i in range(0, 1000, step)]
+        decoder.finish()
+        assert np.array_equal(np.concatenate(parts), values)
+    decoder = Decoder(data)
+    decoder.pull(rows[:999], GAUSSIAN)
+    with pytest.raises(CorruptError):
+        decoder.finish()
+
+
+def test_deviations_behind_the_end_of_any_stream() -> None:
+    """Gaps that add up to more than the positions of any stream, in a stream of consistent length."""
+    number, gap, amount = ((np.array([n]), m) for n, m in ((2**24 - 2, 0), (2**37, 13), (0, 1)))
+    codes = [bypass.exp_golomb(*part) for part in (number, *[gap, amount] * 8)]
+    code, length = (np.concatenate(part) for part in zip(*codes, strict=True))
+    flag = range_coder.encode([(57344, 65535)])
+    data = bypass.append(flag, 5, code, length)
+    with pytest.raises(CorruptError, match="behind the end"):
+        Decoder(data)
+
+
+def test_a_short_stream_fails_soon_however_many_rows_it_is_for() -> None:
+    rows = iter([0] * 100_000)
+    with pytest.raises(CorruptError, match="too early"):
+        range_coder.RangeDecoder(b"\x00\x01").read(rows, [[0, 32768, 65535]])
+    assert len(list(rows)) > 99_000
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_input(backend: str) -> None:
     values, rows, _ = sample(1.0, 2000)
     data = coder.encode(values[::2].copy(), rows[::2].copy(), GAUSSIAN, backend=backend)
@@ -132,9 +187,7 @@ def test_strided_input(backend: str) -> None:
 
 @given(streams(), st.integers(1, 20))
 @settings(max_examples=100, deadline=None)
-def test_steps_give_the_same_bytes_as_one_call(
-    stream: tuple[np.ndarray, np.ndarray, Tables], step: int
-) -> None:
+def test_steps_give_the_same_bytes_as_one_call(stream: tuple[np.ndarray, np.ndarray, Tables], step: int) -> None:
     values, rows, tables = stream
     encoder = Encoder()
     for start in range(0, len(rows), step):

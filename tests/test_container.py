@@ -17,6 +17,7 @@ from lic.container import (
     FORMAT_VERSION,
     MAGIC,
     MAX_STREAMS,
+    TILE_LIMIT,
     Container,
     Header,
     Section,
@@ -76,25 +77,28 @@ def test_round_trip_of_the_example() -> None:
     assert parse(pack(EXAMPLE)) == EXAMPLE
 
 
-@pytest.mark.parametrize("size", [(768, 512), (512, 768), (4000, 3000)])
+@pytest.mark.parametrize("size", [(768, 512), (512, 768), (2048, 2048)])  # the last: as large as one tile may be
 @pytest.mark.parametrize("stream", [0, 100, 5_000, 65_535])
 def test_framing_stays_in_its_budget(size: tuple[int, int], stream: int) -> None:
     container = one_tile([stream] * 9, width=size[0], height=size[1], quality=MAX_CODE, effort=9)
     assert len(pack(container)) - 9 * stream <= 28 + 2 * (9 + 1)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2**32), (2**32, 1), (2**32, 2**32)])
-def test_extreme_sizes_are_expressible(size: tuple[int, int]) -> None:
-    container = one_tile([1, 2], width=size[0], height=size[1])
+@pytest.mark.parametrize(
+    ("size", "tile"),
+    [((1, 1), 0), ((1, 2**32), 2**16), ((2**32, 1), 2**16), ((2**20, 2**18), 2**11), ((2**11, 2**11), 2**22)],
+)
+def test_extreme_sizes_are_expressible(size: tuple[int, int], tile: int) -> None:
+    tiles = len(tile_boxes(*size, tile))
+    header = replace(HEADER, width=size[0], height=size[1], tile=tile, streams=2)
+    container = Container(header, ((b"1", b"22"),) * tiles)
     assert parse(pack(container), max_pixels=None) == container
 
 
 def test_streams_stand_stream_by_stream_behind_the_header() -> None:
     data = pack(EXAMPLE)
     index = parse_header(data)
-    assert data[index.payload :].startswith(
-        b"\xc0\xc1\xc2" + b"\xc8" + b"\xd0\xd1" + b"" + b"\xe0" + b"\xe8\xe9"
-    )
+    assert data[index.payload :].startswith(b"\xc0\xc1\xc2" + b"\xc8" + b"\xd0\xd1" + b"" + b"\xe0" + b"\xe8\xe9")
     assert index.lengths == (3, 1, 2, 0, 1, 2)
     assert index.sections == (("teXt", 2),)
     assert index.tiles == 2
@@ -164,9 +168,7 @@ def test_truncated_file_says_how_much_is_missing() -> None:
         with pytest.raises(CorruptError, match=f"^truncated: {size} of {len(data)} bytes$"):
             parse(data[:size])
     for size in range(1, parse_header(data).payload):
-        with pytest.raises(
-            CorruptError, match=f"^truncated: the file ends inside its header, after {size} bytes$"
-        ):
+        with pytest.raises(CorruptError, match=f"^truncated: the file ends inside its header, after {size} bytes$"):
             parse(data[:size])
 
 
@@ -213,14 +215,56 @@ def test_unknown_sections() -> None:
 
 
 def test_pixel_limit() -> None:
-    data = pack(one_tile([1, 1], width=1000, height=500))
-    assert parse(data, max_pixels=500_000).header.width == 1000
-    with pytest.raises(UnsupportedError, match=r"1000x500 .*499999 pixels.*--max-pixels"):
-        parse(data, max_pixels=499_999)
-    huge = pack(one_tile([1, 1], width=100_000, height=100_000))
+    data = pack(one_tile([1, 1], width=1000, height=500))  # decoded as 1024 x 512
+    assert parse(data, max_pixels=1024 * 512).header.width == 1000
+    with pytest.raises(UnsupportedError, match=r"1000x500,.*524287 pixels.*--max-pixels"):
+        parse(data, max_pixels=1024 * 512 - 1)
+    thin = pack(one_tile([1, 1], width=1, height=1))
+    with pytest.raises(UnsupportedError, match="--max-pixels"):
+        parse(thin, max_pixels=4095)
+    header = replace(HEADER, width=100_000, height=50_000, tile=2048, streams=2)
+    huge = pack(Container(header, ((b"", b""),) * (49 * 25)))
     with pytest.raises(UnsupportedError, match="--max-pixels"):
         parse(huge)
-    assert parse(huge, max_pixels=None).header.height == 100_000
+    assert parse(huge, max_pixels=None).header.height == 50_000
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "tile", "fits"),
+    [
+        (2048, 2048, 0, True),
+        (1, 65536, 0, True),
+        (4096, 1024, 2**22, True),
+        (10_000, 1, 2**13, True),
+        (2049, 2048, 0, False),
+        (1, 65537, 0, False),
+        (1, 100_000, 0, False),
+        (100_000, 1, 0, False),
+        (1, 2**28, 0, False),
+        (2**14, 2**14, 0, False),
+        (2**15, 2**15, 2**12, False),
+        (3000, 3000, 2**11 + 64, False),
+    ],
+)
+def test_tile_limit(width: int, height: int, tile: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is on what is decoded: sides are rounded up to multiples of 64."""
+    tiles = len(tile_boxes(width, height, tile))
+    header = replace(HEADER, width=width, height=height, tile=tile, streams=2)
+    container = Container(header, ((b"", b""),) * tiles)
+    if fits:
+        assert parse(pack(container)) == container
+        return
+    with pytest.raises(ValueError, match=f"tiles .* too large: over {TILE_LIMIT} pixels"):
+        pack(container)
+    with monkeypatch.context() as patch:
+        patch.setattr("lic.container.format.TILE_LIMIT", 2**70)
+        data = pack(container)
+    for limit in (2**70, None):
+        with pytest.raises(UnsupportedError, match=r"tiles .* too large"):
+            parse(data, max_pixels=limit)
+    assert parse_header(data).header == header
+    with pytest.raises(CorruptError, match="checksum"):
+        parse(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def variable_part(bits: str, *, tiled: bool = False, streams: int = 2) -> bytes:

@@ -6,23 +6,33 @@ import struct
 import tracemalloc
 import zlib
 from itertools import pairwise
+from math import prod
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lic.container import MAGIC, Container, Header, Section, layout, pack, parse, parse_header, tile_boxes
+from lic.container import (
+    MAGIC,
+    TILE_LIMIT,
+    Container,
+    Header,
+    Section,
+    layout,
+    pack,
+    parse,
+    parse_header,
+    tile_boxes,
+)
 from lic.errors import CorruptError, LicError, UnsupportedError
 from lic.quality import MAX_CODE
 
 # A busy machine is no failure.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NAMES = st.text("abcdefghijklmnopqrstuvwxyz0123456789._-", min_size=1, max_size=31)
-SIZES = st.one_of(st.integers(1, 1000), st.integers(1, 2**32))
-TILES = st.one_of(st.just(0), st.integers(1, 2**16).map(lambda units: 64 * units))
-SECTIONS = st.builds(
-    Section, kind=st.from_regex("[a-z][A-Za-z]{3}", fullmatch=True), data=st.binary(max_size=20)
-)
+SIZES = st.one_of(st.integers(1, 1000), st.integers(1, 5000), st.integers(1, 2**32))
+TILES = st.one_of(st.just(0), st.integers(1, 2**16).map(lambda units: 64 * units), st.just(2048))
+SECTIONS = st.builds(Section, kind=st.from_regex("[a-z][A-Za-z]{3}", fullmatch=True), data=st.binary(max_size=20))
 
 
 @st.composite
@@ -30,6 +40,8 @@ def containers(draw: st.DrawFn) -> Container:
     width, height, tile = draw(SIZES), draw(SIZES), draw(TILES)
     tiles = 1 if tile == 0 else -(-width // tile) * -(-height // tile)
     assume(tiles <= 30)
+    sides = (-(-min(side, tile or side) // 64) * 64 for side in (width, height))
+    assume(prod(sides) <= TILE_LIMIT)
     streams = draw(st.integers(2, 12))
     header = Header(
         width=width,

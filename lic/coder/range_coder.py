@@ -20,6 +20,7 @@ from lic.errors import CorruptError
 
 _TOP, _QUARTER, _MASK, _REST = 1 << 31, 1 << 30, (1 << 32) - 1, (1 << 31) - 1
 _REFILL = 8  # bytes
+_TOO_SHORT = "damaged data: a coded stream ends too early"
 
 
 def encode(bounds: Iterable[tuple[int, int]]) -> bytes:
@@ -112,6 +113,8 @@ class RangeDecoder:
                     shift += extra
                 if shift:
                     if filled < shift:
+                        if position > len(data) + _REFILL:  # long past the end, however many rows are left
+                            raise CorruptError(_TOO_SHORT)
                         more = data[position : position + _REFILL].ljust(_REFILL, b"\0")
                         word = word << _REFILL * 8 | int.from_bytes(more, "big")
                         filled += _REFILL * 8
@@ -125,5 +128,5 @@ class RangeDecoder:
         self._low, self._high, self._distance = low, high, distance
         self._next, self._word, self._filled, self._used = position, word, filled, used
         if used > 8 * len(data):
-            raise CorruptError("damaged data: a coded stream ends too early")
+            raise CorruptError(_TOO_SHORT)
         return symbols

@@ -18,6 +18,7 @@ _FLAG_ROW = [0, (END + 1) * 7 // 8, END]  # first symbol of a stream: 1 if some 
 _FLAG_COST = [round((16 - math.log2(_FLAG_ROW[i + 1] - _FLAG_ROW[i])) * COST_UNIT) for i in (0, 1)]
 _ESCAPE_ORDER, _GAP_ORDER = 1, 13  # orders of the Exp-Golomb codes
 _MAX_UNUSED_BITS = 16  # between the two parts of a stream, and 1 in 2**15 more
+_POSITION_LIMIT = 1 << 40  # of a deviation: no stream has so many values
 _MAX_DECODE_BYTES = 1 << 29  # torchac wants one whole row per symbol
 Ints = npt.NDArray[Any]
 
@@ -168,16 +169,17 @@ class Decoder:
         self._data = data
         self._range = range_coder.RangeDecoder(data)
         self._bypass = bypass.BypassReader(data)
-        self._deviating: dict[int, int] = {}  # position among the skipped symbols → difference, in order
+        self._deviating = np.zeros((2, 0), dtype=np.int64)  # increasing positions among the skipped; differences
+        self._applied = 0  # how many of them the values so far have used
         self._skipped = 0
         self._flag = self._range.read([0], [_FLAG_ROW])[0] if data else 0
         if self._flag:
-            self._read_deviations()
+            self._deviating = self._read_deviations()
 
     def pull(self, rows: Ints, tables: Tables) -> IntArray:
         """The next (N,) int32 values, given their (N,) rows. Raises ValueError for rows that do not exist."""
         rows = _checked_rows(rows, tables)
-        coded = rows[~tables.skipped[rows]]
+        coded = self._coded_rows(rows, tables)
         symbols = self._range.read(coded.tolist(), tables.lists) if len(coded) else []
         return self._assemble(np.array(symbols, dtype=np.int64), coded, rows, tables)
 
@@ -188,7 +190,7 @@ class Decoder:
     def _pull_all_by_torchac(self, rows: Ints, tables: Tables) -> IntArray:
         """All values. torchac does not tell how many bits it has used; the code length does, to 2 bits."""
         rows = _checked_rows(rows, tables)
-        coded = rows[~tables.skipped[rows]]
+        coded = self._coded_rows(rows, tables)
         width = int(tables.size[coded].max(initial=2)) + 2
         if 2 * width * len(coded) > _MAX_DECODE_BYTES or not len(coded):
             values = self.pull(rows, tables)
@@ -205,12 +207,25 @@ class Decoder:
         self._check_length((cost - (cost >> 17)) // COST_UNIT)
         return values
 
-    def _read_deviations(self) -> None:
+    def _coded_rows(self, rows: Ints, tables: Tables) -> Ints:
+        """The rows that are not skipped: none in an empty stream."""
+        coded = rows[~tables.skipped[rows]]
+        if len(coded) and not self._data:
+            raise CorruptError("damaged data: a coded stream is empty")
+        return coded
+
+    def _read_deviations(self) -> npt.NDArray[np.int64]:
+        """(2, n): positions among the skipped symbols, which increase, and differences from the mode."""
+        positions, differences = [], []
         position = -1
         for _ in range(self._bypass.exp_golomb(0) + 1):
             position += self._bypass.exp_golomb(_GAP_ORDER) + 1
+            if position >= _POSITION_LIMIT:
+                raise CorruptError("damaged data: a deviation behind the end of its stream")
             amount = self._bypass.exp_golomb(_ESCAPE_ORDER)
-            self._deviating[position] = -(amount >> 1) - 1 if amount & 1 else (amount >> 1) + 1
+            positions.append(position)
+            differences.append(-(amount >> 1) - 1 if amount & 1 else (amount >> 1) + 1)
+        return np.array([positions, differences], dtype=np.int64)
 
     def _assemble(self, symbols: Ints, coded: Ints, rows: Ints, tables: Tables) -> IntArray:
         """Values of all rows from the symbols of the coded ones; reads their bypass bits."""
@@ -233,11 +248,10 @@ class Decoder:
         values = np.empty(len(rows), dtype=np.int64)
         values[~skipped] = ((symbols + tables.offset[coded]) << k) + low - ((1 << k) >> 1)
         certain = (tables.mode + tables.offset)[rows[skipped]].astype(np.int64)
-        while self._deviating:
-            position = next(iter(self._deviating))
-            if position >= self._skipped + len(certain):
-                break
-            certain[position - self._skipped] += self._deviating.pop(position)
+        positions, differences = self._deviating
+        end = int(np.searchsorted(positions, self._skipped + len(certain)))
+        certain[positions[self._applied : end] - self._skipped] += differences[self._applied : end]
+        self._applied = end
         values[skipped] = certain
         self._skipped += len(certain)
         if np.abs(values).max(initial=0) > VALUE_LIMIT:
@@ -247,7 +261,7 @@ class Decoder:
     def _check_length(self, coded_bits: int) -> None:
         """Whether the stream is used up, given a lower bound on the bits of its coded symbols."""
         unused = 8 * self._size - coded_bits - self._bypass.bits_used
-        if not 0 <= unused < _MAX_UNUSED_BITS + (coded_bits >> 15) or self._deviating:
+        if not 0 <= unused < _MAX_UNUSED_BITS + (coded_bits >> 15) or self._applied < len(self._deviating[0]):
             raise CorruptError("damaged data: a coded stream has the wrong length")
 
 

@@ -28,7 +28,8 @@ FORMAT_VERSION = 0
 DEFAULT_MAX_PIXELS = 2**28
 MAX_STREAMS = 2**18  # tiles × streams per tile: bounds what a small hostile file can make a reader allocate
 
-TILE_UNIT = 64  # pixels
+TILE_UNIT = 64  # pixels: what is decoded is a picture or tile with both sides rounded up to a multiple of it
+TILE_LIMIT = 2**22  # such pixels of a tile: bounds what a decoder needs for one, whatever a file claims
 NAME_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789._-"
 CODERS = (0,)  # what this version reads and writes
 COLOURS = (0,)
@@ -118,9 +119,13 @@ def tile_boxes(width: int, height: int, tile: int) -> list[tuple[int, int, int, 
 
 
 def pack(container: Container) -> bytes:
-    """The bytes of the file. ValueError if a field is out of range or the streams do not match the header."""
+    """The bytes of the file.
+
+    ValueError if a field is out of range, a tile is over ``TILE_LIMIT`` or the streams do not match the header.
+    """
     header, tiles, sections = container.header, container.tiles, container.sections
     problem = _range_problem(header) or _unsupported(header, (section.kind for section in sections))
+    problem = problem or _too_large(header, None)
     if problem:
         raise ValueError(problem)
     if len(tiles) != _tile_count(header) or any(len(streams) != header.streams for streams in tiles):
@@ -164,7 +169,8 @@ def parse(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Contai
     """Read a whole file and check it.
 
     Raises CorruptError if it is no ``.lic`` file, truncated, damaged or followed by other data, and
-    UnsupportedError if it is sound but needs a newer lic or has more than ``max_pixels`` pixels.
+    UnsupportedError if it is sound but needs a newer lic or is too large: a tile over ``TILE_LIMIT`` pixels or
+    a picture over ``max_pixels``, both with their sides rounded up to multiples of ``TILE_UNIT``.
     """
     index = parse_header(data)
     if len(data) < index.file_size:
@@ -178,11 +184,9 @@ def parse(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Contai
     problem = _unsupported(header, (kind for kind, _ in index.sections))
     if problem:
         raise UnsupportedError(f"{problem}: upgrade lic")
-    if max_pixels is not None and header.width * header.height > max_pixels:
-        raise UnsupportedError(
-            f"{header.width}x{header.height} is over the limit of {max_pixels} pixels: "
-            "raise it with --max-pixels"
-        )
+    problem = _too_large(header, max_pixels)
+    if problem:
+        raise UnsupportedError(problem)
 
     position = index.payload
     chunks = []
@@ -210,8 +214,7 @@ def parse_header(data: bytes) -> Index:
     version = int.from_bytes(data[3:4], "big") >> 2  # 0 where the file ends before it
     if version > FORMAT_VERSION:
         raise UnsupportedError(
-            f"format version {version} is newer than this lic, which reads "
-            f"up to {FORMAT_VERSION}: upgrade lic"
+            f"format version {version} is newer than this lic, which reads up to {FORMAT_VERSION}: upgrade lic"
         )
     reader = BitReader(data)
     fixed = reader.read_bytes(_FIXED.size)
@@ -318,6 +321,26 @@ def _range_problem(header: Header) -> str | None:
         return f"tile {header.tile} is not a multiple of {TILE_UNIT}"
     if _tile_count(header) * header.streams > MAX_STREAMS:
         return f"{_tile_count(header)} tiles of {header.streams} streams are more than {MAX_STREAMS} streams"
+    return None
+
+
+def _padded(width: int, height: int) -> int:
+    """Pixels with both sides rounded up to multiples of TILE_UNIT."""
+    return -(-width // TILE_UNIT) * -(-height // TILE_UNIT) * TILE_UNIT**2
+
+
+def _too_large(header: Header, max_pixels: int | None) -> str | None:
+    """The limit that the picture or its first tile, which is the largest, exceeds, in words, or None."""
+    width, height = header.width, header.height
+    if max_pixels is not None and _padded(width, height) > max_pixels:
+        return (
+            f"{width}x{height}, in units of {TILE_UNIT}x{TILE_UNIT}, is over the limit of {max_pixels} pixels: "
+            "raise it with --max-pixels"
+        )
+    if header.tile:
+        width, height = min(width, header.tile), min(height, header.tile)
+    if _padded(width, height) > TILE_LIMIT:
+        return f"tiles of {width}x{height} are too large: over {TILE_LIMIT} pixels in units of {TILE_UNIT}x{TILE_UNIT}"
     return None
 
 
