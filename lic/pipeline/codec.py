@@ -21,7 +21,6 @@ from lic.pipeline.tile import CodedTile, Latents, Reader, Writer, code_tile
 
 TILE = 1024  # side of the tiles of an image with more pixels than LARGEST_TILE, counted with its padding
 LARGEST_TILE = 1536 * 1536
-TILE_LIMIT = 2**22  # pixels of a tile that a decoder accepts: bounds its memory whatever a file claims
 
 Progress = Callable[[int, int], None]  # tiles done, tiles in all
 
@@ -104,8 +103,6 @@ def decode_rgb(model: LoadedModel, container: Container, *, progress: Progress |
     if (header.entropy_id, header.synthesis_id) != (model.info.entropy_id, model.info.synthesis_id):
         raise UnsupportedError(f"made with other weights: {header.model} {header.entropy_id.hex()}")
     code = torch.tensor([float(header.quality)], device=model.device)
-    if min(header.tile or header.width, header.width) * min(header.tile or header.height, header.height) > TILE_LIMIT:
-        raise UnsupportedError("its tiles are larger than this version decodes")
     boxes = list(_latent_boxes(header.width, header.height, header.tile))
     full = _geometry(header.width, header.height)
     if header.streams != 1 + net.context.schedule.stream_of(net.context.schedule.steps(full) - 1) + 1:
