@@ -13,16 +13,18 @@ from PIL import Image
 
 from lic import container, images
 from lic.container import DEFAULT_MAX_PIXELS
-from lic.errors import UsageError
+from lic.device import check_device, select_device
+from lic.errors import LicError, UnsupportedError, UsageError
 from lic.quality import DEFAULT_QUALITY, code_of
 
 if TYPE_CHECKING:
     from lic.info import Info
-    from lic.model.store import LoadedModel
+    from lic.model.store import LoadedModel, ModelInfo
 
 Progress = Callable[[int, int], None]
 
 DEFAULT_MODEL = "base"
+_PSNR_ROWS = 64  # at a time: memory of a large picture
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,19 @@ class Codec:
     """Encodes and decodes pictures, loading each model once.
 
     ``model`` names the model that encodes (``lic models`` lists them); decoding takes the one that the file
-    names. ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``threads`` sets torch's CPU threads, for
-    the process.
+    names. ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; anything else raises UsageError. ``threads``
+    sets torch's CPU threads, for the process.
     """
 
     def __init__(
         self, model: str = DEFAULT_MODEL, device: str = "auto", *, threads: int | None = None
     ) -> None:
         self._name = model
-        self._device_name = device
+        self._device_name = check_device(device)
         self._threads = threads
         self._device: str | None = None
-        self._encoder: LoadedModel | None = None
-        self._decoders: dict[tuple[bytes, bytes], LoadedModel] = {}
+        self._encoder: ModelInfo | None = None
+        self._loaded: dict[tuple[bytes, bytes], LoadedModel] = {}  # by entropy and synthesis identity
 
     def encode(self, image: Image.Image | np.ndarray, quality: float = DEFAULT_QUALITY) -> bytes:
         """``image`` (Pillow, mode RGB, or uint8 (H, W, 3)) as a ``.lic`` file.
@@ -81,13 +83,13 @@ class Codec:
         """
         return self.encode_result(image, quality).data
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
         """The picture of a ``.lic`` file.
 
         Raises CorruptError when ``data`` is no such file or a damaged one, UnsupportedError when it needs a
-        newer version or a model that is not installed.
+        newer version or a model that is not installed, or has more than ``max_pixels``.
         """
-        return Image.fromarray(self.decode_result(data).rgb)
+        return Image.fromarray(self.decode_result(data, max_pixels=max_pixels).rgb)
 
     def encode_result(
         self,
@@ -131,33 +133,44 @@ class Codec:
         parsed = container.parse(data, max_pixels=max_pixels)
         header = parsed.header
         key = (header.entropy_id, header.synthesis_id)
-        if key not in self._decoders:
+        model = self._loaded.get(key)
+        if model is None:
             from lic.model import store
 
-            store.find_for(header)  # before self.device, which imports torch
-            self._decoders[key] = store.load_for(header, self.device)
+            model = self._load(store.find_for(header))
         from lic import pipeline
 
         start = time.perf_counter()
-        decoded = pipeline.decode_rgb(self._decoders[key], parsed, progress=progress)
+        decoded = pipeline.decode_rgb(model, parsed, progress=progress)
         return DecodeResult(decoded.rgb, decoded.symbols_sha256, time.perf_counter() - start)
 
     def load_encoder(self) -> LoadedModel:
-        """Load the model that encodes, once. Raises LicError when the model or the device is not there."""
+        """Load the model that encodes, once.
+
+        Raises LicError when the model or the device is not there, or the weights are damaged.
+        """
         if self._encoder is None:
             from lic.model import store
 
-            store.find(self._name)  # before self.device, which imports torch
-            self._encoder = store.load(self._name, self.device)
-        return self._encoder
+            self._encoder = store.find(self._name)
+        try:
+            return self._load(self._encoder)
+        except UnsupportedError as error:  # there is no .lic file that this would be about
+            raise LicError(str(error)) from error
+
+    def _load(self, info: ModelInfo) -> LoadedModel:
+        key = (info.entropy_id, info.synthesis_id)
+        if key not in self._loaded:
+            from lic.model import store
+
+            self._loaded[key] = store.load_file(info, self.device)
+        return self._loaded[key]
 
     @property
     def device(self) -> str:
         """The device in use, chosen at first use. Raises LicError when the one asked for is not there."""
         if self._device is None:
-            from lic import pipeline
-
-            self._device = pipeline.select_device(self._device_name)
+            self._device = select_device(self._device_name)
             if self._threads is not None:
                 import torch
 
@@ -167,8 +180,11 @@ class Codec:
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite if they are equal."""
-    error = float(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32)), dtype=np.float64))
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    error = 0
+    for top in range(0, len(a), _PSNR_ROWS):
+        difference = a[top : top + _PSNR_ROWS].astype(np.int32) - b[top : top + _PSNR_ROWS]
+        error += int(np.sum(np.square(difference), dtype=np.int64))
+    return 10 * math.log10(255**2 * a.size / error) if error else math.inf
 
 
 def encode(
@@ -185,9 +201,9 @@ def encode(
     return Codec(model, device).encode(image, quality)
 
 
-def decode(data: bytes, *, device: str = "auto") -> Image.Image:
+def decode(data: bytes, *, device: str = "auto", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """One ``.lic`` file to one picture: see :meth:`Codec.decode`."""
-    return Codec(device=device).decode(data)
+    return Codec(device=device).decode(data, max_pixels=max_pixels)
 
 
 def info(data: bytes) -> Info:

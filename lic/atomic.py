@@ -19,7 +19,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     if target.exists() and not target.is_file():
         target.write_bytes(data)
         return
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".lic-{secrets.token_hex(8)}.tmp")  # short, however long the name may be
     try:
         with open(temporary, "xb") as file:
             if target.exists():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lic import stdio
 from lic.errors import LicError, UsageError
 
 STDIO = "-"
@@ -23,8 +24,11 @@ class Job:
 def single(source: str, target: str, accepts: Callable[[str], bool], expected: str) -> Job:
     """The job of ``IN OUT``.
 
-    Raises UsageError unless OUT is ``-`` or ``accepts(OUT)``; ``expected`` says what would be.
+    Raises UsageError unless OUT is ``-`` or ``accepts(OUT)``; ``expected`` says what would be. Other names of
+    standard input and output (``/dev/stdout``) become ``-``.
     """
+    source = STDIO if source in stdio.INPUT_NAMES else source
+    target = STDIO if target in stdio.OUTPUT_NAMES else target
     if target != STDIO:
         if not accepts(target):
             raise UsageError(f"OUT must {expected}, not {target!r}; for several files use --output-dir")
@@ -50,8 +54,8 @@ def many(
     """
     jobs: dict[str, Job] = {}
     for source in sources:
-        if source == STDIO:
-            raise UsageError("'-' cannot be combined with --output-dir")
+        if source in stdio.INPUT_NAMES:
+            raise UsageError(f"{source!r} cannot be combined with --output-dir")
         for path, relative in _files(Path(source), source_suffixes, recursive):
             target = str(Path(output_dir) / relative.with_suffix(target_suffix))
             if target in jobs:

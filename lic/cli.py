@@ -13,9 +13,7 @@ import json
 import logging
 import math
 import os
-import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +24,7 @@ from lic import __version__, batch, stdio
 from lic.batch import STDIO, Job
 from lic.container import DEFAULT_MAX_PIXELS
 from lic.errors import LicError
+from lic.options import device_options, set_up_logging, verbosity_options
 from lic.quality import DEFAULT_QUALITY, code_of
 
 if TYPE_CHECKING:
@@ -69,6 +68,7 @@ class _Group(click.Group):
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with one of the codes of :mod:`lic.errors`."""
+    stdio.reserve_descriptors()
     sys.exit(run(args))
 
 
@@ -77,7 +77,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
     Any failure is one line on standard error, with a traceback from -vv on.
     """
-    _set_up_logging(0)
+    set_up_logging(0)
     try:
         result = cli.main(args, prog_name="lic", standalone_mode=False)
         if sys.stdout is not None:
@@ -130,18 +130,6 @@ def _line(error: BaseException, name: str = "") -> str:
     return " ".join(text.split())
 
 
-def _set_up_logging(verbosity: int) -> None:
-    """-1: errors only; 0: warnings; 1: what is done and with what; 2: tracebacks as well."""
-    handler = logging.StreamHandler()  # on sys.stderr as it is now
-    handler.setFormatter(logging.Formatter("lic: %(message)s"))
-    log.handlers[:] = [handler]
-    log.propagate = False
-    level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
-    log.setLevel(level)
-    if verbosity < 2:
-        warnings.simplefilter("ignore")  # Python warnings of libraries mean nothing to a user
-
-
 # ----------------------------------------------------------------------------------------------------
 # options
 
@@ -152,39 +140,6 @@ def _check_quality(ctx: click.Context, param: click.Parameter, value: float) -> 
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
-
-
-def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
-        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
-    return value
-
-
-def _verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-        if value:
-            _set_up_logging(-1 if value is True else int(value))
-
-    function = click.option(
-        "--quiet", is_flag=True, expose_value=False, callback=apply, help="Errors only, no progress."
-    )(function)
-    return click.option(
-        "-v", "--verbose", count=True, expose_value=False, callback=apply, help="Say more; -vv: tracebacks."
-    )(function)
-
-
-def _device_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    function = click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads (default: torch's choice)."
-    )(function)
-    return click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        callback=_check_device,
-        metavar="auto|cpu|cuda[:N]",
-        help="Where the networks run.",
-    )(function)
 
 
 def _file_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,10 +191,10 @@ def cli() -> None:
 )
 @click.option("--model", default="base", show_default=True, metavar="NAME", help="One of 'lic models'.")
 @click.option("--strip", is_flag=True, help="Store no metadata. (This version stores none.)")
-@_device_options
+@device_options
 @_file_options
 @_max_pixels
-@_verbosity_options
+@verbosity_options
 def encode(
     paths: tuple[str, ...],
     quality: float,
@@ -269,8 +224,8 @@ def encode(
         from lic import images
 
         picture = images.picture_of(_read(job.source), max_pixels=max_pixels)
-        if not strip and ("icc_profile" in picture.info or picture.getexif()):
-            log.warning("%s: colour profile and EXIF are not stored by this version", job.source)
+        if not strip and (dropped := images.metadata_of(picture)):
+            log.warning("%s: not stored by this version: %s", job.source, ", ".join(dropped))
         with _progress(jobs) as progress:
             result = codec.encode_result(picture, quality, progress=progress)
         _write(job.target, result.data, stdout)
@@ -302,10 +257,10 @@ def encode(
     type=click.Choice(_FORMATS),
     help="Of the output; default: OUT's suffix, png for '-' and --output-dir.",
 )
-@_device_options
+@device_options
 @_file_options
 @_max_pixels
-@_verbosity_options
+@verbosity_options
 def decode(
     paths: tuple[str, ...],
     format: str | None,
@@ -322,9 +277,11 @@ def decode(
         from lic.images import format_of_suffix
 
         def accepts(out: str) -> bool:
-            return format is not None or format_of_suffix(out) is not None
+            # Never a .lic file: `lic decode *.lic --format png` with two files must not replace the second.
+            chosen = format or format_of_suffix(out)
+            return chosen is not None and not out.lower().endswith(".lic")
 
-        expected = f"end in .{', .'.join(_FORMATS)}, be '-' or come with --format"
+        expected = f"end in .{', .'.join(_FORMATS)}, be '-' or come with --format and not end in .lic"
         jobs = [_single_job(paths, recursive, accepts, expected)]
         chosen = format or format_of_suffix(jobs[0].target) or "png"
     else:
@@ -357,7 +314,7 @@ def decode(
 @cli.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per file.")
-@_verbosity_options
+@verbosity_options
 def info(files: tuple[str, ...], as_json: bool) -> int:
     """Show the header of .lic files and the size of every section."""
 
@@ -376,9 +333,9 @@ def info(files: tuple[str, ...], as_json: bool) -> int:
 @cli.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per file on standard output.")
-@_device_options
+@device_options
 @_max_pixels
-@_verbosity_options
+@verbosity_options
 def verify(files: tuple[str, ...], as_json: bool, device: str, threads: int | None, max_pixels: int) -> int:
     """Decode .lic files in memory and check all checksums. Writes nothing."""
     from lic.api import Codec
@@ -406,7 +363,7 @@ def verify(files: tuple[str, ...], as_json: bool, device: str, threads: int | No
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per model.")
-@_verbosity_options
+@verbosity_options
 def models(as_json: bool) -> int:
     """List the models found, with size, work per pixel, rates and hash."""
     from lic.model import store
@@ -418,7 +375,7 @@ def models(as_json: bool) -> int:
                 key: value.hex() if isinstance(value, bytes) else value
                 for key, value in dataclasses.asdict(model).items()
             }
-            click.echo(json.dumps({**facts, "path": str(model.path)}))
+            click.echo(json.dumps({**facts, "path": str(model.path), "sha256": model.sha256}))
         return 0
     if not found:
         raise LicError("no models found: the weights/ folder is empty; $LIC_MODELS may name further folders")
@@ -433,12 +390,17 @@ def models(as_json: bool) -> int:
 
 
 @cli.command()
-@_verbosity_options
+@verbosity_options
 def doctor() -> int:
     """Check the installation: versions, devices, coder, weights and a round trip."""
     from lic import doctor as checks
 
-    return 0 if checks.run(click.echo) else 1
+    with stdio.claimed_stdout() as stdout:  # the first use of the coder may start a compiler
+
+        def write(line: str) -> None:
+            stdio.write_all(stdout, f"{line}\n".encode(errors="surrogateescape"))
+
+        return 0 if checks.run(write) else 1
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -473,9 +435,10 @@ def _run_jobs(
     elif output_dir is None:
         _check_target(jobs[0].target)
     if no_clobber:
-        existing = [job for job in jobs if job.target != STDIO and os.path.lexists(job.target)]
-        for job in existing:
-            log.info("%s exists, left as it is", job.target)
+        existing = {job for job in jobs if job.target != STDIO and os.path.lexists(job.target)}
+        for job in jobs:
+            if job in existing:
+                log.info("%s exists, left as it is", job.target)
         jobs = [job for job in jobs if job not in existing]
         if not jobs:
             return 0
@@ -559,7 +522,7 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[int, int], None] | None
 
 
 def _read(name: str) -> bytes:
-    return stdio.read_stdin() if name == STDIO else Path(name).read_bytes()
+    return stdio.read_stdin() if name in stdio.INPUT_NAMES else Path(name).read_bytes()
 
 
 def _write(name: str, data: bytes, stdout: int | None) -> None:

@@ -9,6 +9,22 @@ from collections.abc import Iterator
 
 from lic.errors import LicError, UsageError
 
+# A program may spell its own standard streams as files: opening those again would go round the checks here.
+INPUT_NAMES = frozenset(("-", "/dev/stdin", "/dev/fd/0"))
+OUTPUT_NAMES = frozenset(("-", "/dev/stdout", "/dev/fd/1"))
+
+
+def reserve_descriptors() -> None:
+    """Open the null device as each standard stream that was closed when the program started (``>&-``).
+
+    Otherwise the next file that is opened would be that descriptor, and take what is meant for the stream.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
+
 
 def read_stdin() -> bytes:
     """Everything on standard input. Raises UsageError when that is a terminal."""
@@ -20,8 +36,10 @@ def read_stdin() -> bytes:
 
 
 def check_stdout() -> None:
-    """Raises UsageError when standard output is a terminal, which binary data would garble."""
-    if sys.stdout is not None and sys.stdout.isatty():
+    """Raises UsageError when standard output is a terminal, which binary data would garble, LicError when closed."""
+    if sys.stdout is None:
+        raise LicError("standard output is closed")
+    if sys.stdout.isatty():
         raise UsageError(
             "refusing to write binary data to a terminal: redirect standard output or name a file"
         )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DATA
 from PIL import Image
 
 import lic
+from lic import api
+from lic.device import select_device
+from lic.model import store
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,74 @@ def test_max_pixels(codec: lic.Codec, picture: np.ndarray) -> None:
     data = codec.encode(picture)
     with pytest.raises(lic.LicError, match="3079"):
         codec.decode_result(data, max_pixels=3079)
-    assert codec.decode_result(data, max_pixels=3080).rgb.shape == picture.shape
+    assert codec.decode_result(data, max_pixels=128 * 64).rgb.shape == picture.shape
+    for decode in (codec.decode, lic.decode):
+        with pytest.raises(lic.LicError, match="3079"):
+            decode(data, max_pixels=3079)
+        assert decode(data, max_pixels=128 * 64).size == (70, 44)
+
+
+@pytest.mark.parametrize("height", [1, 63, 64, 200])
+def test_psnr_of_any_height(height: int) -> None:
+    rng = np.random.default_rng(height)
+    a, b = rng.integers(0, 256, (2, height, 30, 3), dtype=np.uint8)
+    expected = 10 * math.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+    assert api.psnr(a, b) == pytest.approx(expected, abs=1e-9)
+    assert api.psnr(a, a) == math.inf
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "cpu:0", "", "cuda:1\n"])
+def test_devices_have_known_names(name: str) -> None:
+    with pytest.raises(lic.UsageError, match="auto, cpu, cuda or cuda:N"):
+        lic.Codec(device=name)
+    with pytest.raises(lic.UsageError, match="auto, cpu, cuda or cuda:N"):
+        select_device(name)
+
+
+def test_weights_are_loaded_once_for_both_directions(
+    monkeypatch: pytest.MonkeyPatch, picture: np.ndarray
+) -> None:
+    loaded = []
+    load_file = store.load_file
+
+    def counting(info: store.ModelInfo, device: str = "cpu") -> store.LoadedModel:
+        loaded.append(info.name)
+        return load_file(info, device)
+
+    monkeypatch.setattr(store, "load_file", counting)
+    codec = lic.Codec(model="tiny", device="cpu")
+    data = codec.encode(picture)
+    codec.decode(data)
+    codec.decode(codec.encode(picture))
+    assert loaded == ["tiny"]
+
+
+def test_damaged_weights_fail_the_encoder_and_are_unsupported_for_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, codec: lic.Codec, picture: np.ndarray
+) -> None:
+    data = codec.encode(picture)
+    damaged = bytearray((DATA / "models" / "tiny.safetensors").read_bytes())
+    damaged[-5000] ^= 1
+    (tmp_path / "tiny.safetensors").write_bytes(damaged)
+    monkeypatch.setenv("LIC_MODELS", str(tmp_path))
+    with pytest.raises(lic.LicError, match="damaged") as caught:
+        lic.encode(picture, model="tiny", device="cpu")
+    assert caught.value.exit_code == 1
+    with pytest.raises(lic.UnsupportedError, match="damaged"):
+        lic.decode(data, device="cpu")
+
+
+def test_models_that_may_not_be_read_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copy(DATA / "models" / "tiny.safetensors", tmp_path)
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b.safetensors").mkdir()
+    (tmp_path / "c.safetensors").write_bytes(b"")
+    (tmp_path / "d.safetensors").write_bytes(b"\xff" * 100)  # a header of 2^64 - 1 bytes
+    monkeypatch.setenv("LIC_MODELS", os.pathsep.join([str(tmp_path / "missing"), str(tmp_path)]))
+    found = {model.name: model for model in store.available()}
+    assert found["tiny"].path.parent == tmp_path
+    assert not {"a", "b", "c", "d"} & set(found)
+    assert found["tiny"].sha256 == store.read_info(DATA / "models" / "tiny.safetensors").sha256
 
 
 def test_foreign_data_is_corrupt(codec: lic.Codec) -> None:

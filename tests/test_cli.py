@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lic import api, cli, container
+from lic import api, atomic, batch, cli, container
+from lic.batch import Job
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 TINY = ("--model", "tiny", "--device", "cpu")
 
 
@@ -124,6 +127,69 @@ def test_link_and_permissions_of_the_output_are_kept(lic: Run, tmp_path: Path, c
     assert pixels((tmp_path / "real.png").read_bytes()).shape == (44, 70, 3)
 
 
+def test_a_batch_of_coded_files_never_replaces_one(lic: Run, tmp_path: Path, coded: bytes) -> None:
+    for name in ("a.lic", "b.lic"):  # what the shell makes of *.lic
+        (tmp_path / name).write_bytes(coded)
+    assert "--output-dir" in failure(lic("decode", "a.lic", "b.lic", "--format", "png"), 2)
+    assert (tmp_path / "b.lic").read_bytes() == coded
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"exif": b"Exif\0\0garbage"}, "EXIF"),
+        ({"icc_profile": b"profile", "xmp": b"<x:xmpmeta/>"}, "colour profile, XMP"),
+    ],
+)
+def test_metadata_that_is_dropped_is_named(
+    lic: Run, tmp_path: Path, picture: np.ndarray, options: dict[str, bytes], named: str
+) -> None:
+    Image.fromarray(picture).save(tmp_path / "photo.jpg", **options)
+    done = lic("encode", "photo.jpg", "a.lic", *TINY)
+    assert done.returncode == 0
+    assert done.stderr.decode().splitlines() == [f"lic: photo.jpg: not stored by this version: {named}"]
+    assert lic("encode", "photo.jpg", "a.lic", "--strip", *TINY).stderr == b""
+
+
+def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("画" * 83 + ".lic")  # 253 bytes
+    for data in (b"first", b"second"):
+        atomic.write(path, data)
+        assert path.read_bytes() == data
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("source", "target"), [("/dev/stdin", "/dev/stdout"), ("/dev/fd/0", "/dev/fd/1")])
+def test_other_names_of_the_standard_streams(source: str, target: str) -> None:
+    assert batch.single(source, target, lambda out: False, "") == Job("-", "-")
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="needs /dev/stdout")
+def test_dev_stdout_is_standard_output(lic: Run, tmp_path: Path, coded: bytes) -> None:
+    with open(tmp_path / "out.ppm", "wb") as out:
+        arguments = ("decode", "/dev/stdin", "/dev/stdout", "--format", "ppm")
+        done = lic(*arguments, input=coded, capture_output=False, stdout=out, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert pixels((tmp_path / "out.ppm").read_bytes()).shape == (44, 70, 3)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
+def test_closed_standard_streams_do_not_matter_between_files(
+    lic: Run, tmp_path: Path, png: Path, closed: str
+) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        script = f'"$@" {closed}'
+        command = ["sh", "-c", script, "sh", sys.executable, "-m", "lic", *arguments]
+        return subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, check=False)
+
+    done = run("encode", "photo.png", "a.lic", *TINY)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert lic("encode", "photo.png", "-", *TINY).stdout == (tmp_path / "a.lic").read_bytes()
+    done = run("decode", "a.lic", "-")
+    assert (done.returncode, done.stderr) == (1, b"lic: standard output is closed\n")
+
+
 def test_no_clobber_leaves_the_output(lic: Run, tmp_path: Path, coded: bytes) -> None:
     (tmp_path / "a.png").write_bytes(b"old")
     assert lic("decode", "-", "a.png", "--no-clobber", input=coded).returncode == 0
@@ -193,6 +259,10 @@ def test_cuda_is_never_replaced_silently(lic: Run, coded: bytes) -> None:
         ["encode", "-", "--output-dir", "."],
         ["decode", "a.lic", "a.lic"],
         ["decode", "photo.png", "photo.png", "--format", "png"],
+        ["decode", "a.lic", "b.lic", "--format", "png"],
+        ["decode", "a.lic", "b.LIC", "--format", "png"],
+        ["encode", "/dev/stdin", "--output-dir", "."],
+        ["encode", "photo.png", "a.lic", "--device", "cuda:x"],
         ["decode", "a.lic", "a.gif"],
         ["decode", "a.lic", "a.png", "--format", "gif"],
         ["nonsense"],
@@ -373,6 +443,17 @@ def test_batch_resumes_with_no_clobber(lic: Run, tmp_path: Path, png: Path) -> N
     assert (tmp_path / "out/second.lic").exists()
 
 
+def test_no_clobber_passes_over_many_files_quickly(tmp_path: Path) -> None:
+    jobs = [Job(f"{i}.png", str(tmp_path / f"{i}.lic")) for i in range(3000)]
+    for job in jobs:
+        Path(job.target).touch()
+
+    start = time.perf_counter()
+    code = cli._run_jobs(jobs, lambda *_: pytest.fail("not to be done"), None, "cpu", None, str(tmp_path), True)
+    assert code == 0
+    assert time.perf_counter() - start < 1  # comparing every job with every other takes several seconds
+
+
 def test_name_collisions_are_found_before_any_work(lic: Run, tmp_path: Path, png: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/photo.jpg").write_bytes(b"")
@@ -437,6 +518,48 @@ def test_doctor(lic: Run, tmp_path: Path) -> None:
     assert "dB on" in done.stdout.decode() and "everything works" in done.stdout.decode()
 
 
+def test_damaged_weights_exit_codes(lic: Run, tmp_path: Path, png: Path, coded: bytes) -> None:
+    data = bytearray((Path(os.environ["LIC_MODELS"]) / "tiny.safetensors").read_bytes())
+    data[-5000] ^= 1
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.safetensors").write_bytes(data)
+    environment = {**os.environ, "LIC_MODELS": str(tmp_path / "models")}
+    assert "damaged" in failure(lic("encode", png, "a.lic", *TINY, env=environment), 1)
+    assert "damaged" in failure(lic("decode", "-", "a.png", input=coded, env=environment), 4)
+
+
+def test_the_script_that_checks_a_folder(lic: Run, tmp_path: Path, png: Path, picture: np.ndarray) -> None:
+    def check(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPTS / "kodak_check.py"), str(tmp_path), *options, "--device", "cpu"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    (tmp_path / "second.png").write_bytes(png.read_bytes())
+    done = check("--qualities", "20,70", "--model", "tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [[float(word) for word in line.split()] for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == [20, 70]
+    sizes = [len(api.encode(picture, q, model="tiny", device="cpu")) for q in (20, 70)]
+    assert [row[1] for row in rows] == [2 * size for size in sizes]
+    assert all(row[4] > 50 and row[5] > 50 for row in rows)  # megabytes: torch alone takes more
+    (tmp_path / "broken.png").write_bytes(png.read_bytes()[:60])
+    done = check("--qualities", "20", "--model", "tiny")
+    assert done.returncode == 1 and "FAILED" in done.stdout and "broken.png" in done.stdout
+
+
+def test_what_the_checks_of_doctor_print_is_kept_apart(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def noisy() -> str:
+        os.write(1, b"[1/2] c++\n")
+        return "built"
+
+    monkeypatch.setattr("lic.coder.backend_info", noisy)
+    monkeypatch.setattr("lic.model.store.available", lambda: [])
+    cli.run(["doctor"])
+    captured = capfd.readouterr()
+    assert "coder:      built" in captured.out and "c++" not in captured.out and "c++" in captured.err
+
+
 def test_doctor_says_what_is_broken(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -493,3 +616,22 @@ def test_help_names_all_commands_and_imports_no_picture_library() -> None:
 def test_lazy_commands_answer_to_help(lic: Run, name: str) -> None:
     done = lic(name, "--help")
     assert done.returncode == 0 and f"lic {name}" in done.stdout.decode()
+
+
+def test_export_names_the_commit_of_its_own_checkout_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lic.train import export
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=n", "-c", "user.email=e")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(export, "__file__", str(tmp_path / "lic" / "train" / "export.py"))
+    assert export._commit() == "unknown"
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    assert export._commit() == "unknown"  # somebody else's checkout, into which lic was installed
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "lic"\n')
+    assert export._commit() == git("rev-parse", "HEAD")

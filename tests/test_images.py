@@ -67,6 +67,35 @@ def test_damaged_exif_does_not_cost_the_picture(picture: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
+    ("format", "options", "names"),
+    [
+        ("PNG", {}, []),
+        ("TIFF", {}, []),
+        ("JPEG", {"exif": b"Exif\0\0garbage"}, ["EXIF"]),
+        ("PNG", {"exif": b"Exif\0\0garbage"}, ["EXIF"]),
+        ("JPEG", {"xmp": b"<x:xmpmeta/>", "icc_profile": b"profile"}, ["colour profile", "XMP"]),
+        ("WEBP", {"xmp": b"<x:xmpmeta/>"}, ["XMP"]),
+    ],
+)
+def test_metadata_is_named_even_when_damaged(
+    picture: np.ndarray, format: str, options: dict[str, bytes], names: list[str]
+) -> None:
+    data = file_bytes(Image.fromarray(picture), format, **options)
+    assert images.metadata_of(images.picture_of(data, max_pixels=LIMIT)) == names
+
+
+def test_an_orientation_that_was_applied_is_no_metadata(picture: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x0110] = "camera"
+    image = images.picture_of(file_bytes(Image.fromarray(picture), "JPEG", exif=exif), max_pixels=LIMIT)
+    assert images.metadata_of(image) == ["EXIF"]
+    del exif[0x0110]
+    image = images.picture_of(file_bytes(Image.fromarray(picture), "JPEG", exif=exif), max_pixels=LIMIT)
+    assert images.metadata_of(image) == []
+
+
+@pytest.mark.parametrize(
     ("mode", "word"),
     [
         ("1", "black-and-white"),
@@ -122,6 +151,18 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
     data = file_bytes(Image.new("RGB", (100, 100)), "PNG")
     assert images.picture_of(data, max_pixels=10_000).size == (100, 100)
     with pytest.raises(LicError, match=r"100x100.*9999.*--max-pixels"):
+        images.picture_of(data, max_pixels=9999)
+
+
+@pytest.mark.parametrize("format", ["PNG", "PPM", "JPEG", "BMP", "TIFF", "WEBP", "AVIF"])
+def test_the_limit_is_ours_not_pillows(monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    data = file_bytes(Image.new("RGB", (100, 100)), format)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses more than twice as many
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(data))
+    assert images.picture_of(data, max_pixels=10_000).size == (100, 100)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    with pytest.raises(LicError, match="--max-pixels"):
         images.picture_of(data, max_pixels=9999)
 
 

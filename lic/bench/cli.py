@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from lic.errors import LicError
+from lic.options import device_options
 from lic.quality import code_of, quality_of
 
 if TYPE_CHECKING:
@@ -27,12 +27,6 @@ def _quality_codes(context: click.Context, parameter: click.Parameter, value: st
         return sorted({code_of(float(part)) for part in value.split(",")})
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
-
-
-def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
-        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
-    return value
 
 
 def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -> None:
@@ -51,8 +45,7 @@ def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -
     "--qualities", default=DEFAULT_QUALITIES, show_default=True, callback=_quality_codes, metavar="Q,Q,...",
     help="Values of -q, 0 to 100.",
 )  # fmt: skip
-@click.option("--device", default="auto", show_default=True, callback=_device, metavar="auto|cpu|cuda[:N]")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of torch on the CPU.")
+@device_options
 @click.option("--peers/--no-peers", default=True, help="Also measure JPEG, WebP and AVIF.")
 @click.option(
     "--anchor-file", multiple=True, metavar="JSON", type=click.Path(path_type=Path),
@@ -140,7 +133,7 @@ def command(
     if result.comparisons:
         say("\n" + report.text_table(report.comparison_table(result)))
     if result.peak_memory_mb is not None:
-        say(f"\npeak memory {result.peak_memory_mb:.0f} MB")
+        say(f"\npeak memory of this process (encoder, decoder and metrics): {result.peak_memory_mb:.0f} MB")
     if not any(path.suffix == ".png" for path in written):
         say("no PNG plots: they need matplotlib (report.html has the charts)")
     say(f"report: {output_dir / 'report.html'}")
@@ -163,7 +156,7 @@ def _line(row: Row | Failure, reused: bool) -> str:
 
     if isinstance(row, Failure):
         return f"{row.image} -q {row.quality:g}: {row.message}"
-    memory = "" if row.peak_memory_mb is None else f", peak {row.peak_memory_mb:.0f} MB"
+    memory = "" if row.peak_memory_mb is None else f", process peak {row.peak_memory_mb:.0f} MB"
     return (
         f"{row.image} -q {row.quality:g}: {row.bpp:.4f} bpp, {row.psnr:.2f} dB, "
         f"encode {row.encode_compute_s:.2f} s, decode {row.decode_compute_s:.2f} s{memory}"

@@ -75,11 +75,8 @@ def open_codec(name: str, device: str, threads: int | None) -> LicCodec:
     """
     import torch
 
-    from lic import pipeline
-    from lic.model import store
+    from lic.api import Codec
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    device = pipeline.select_device(device)
-    loaded = store.load(name, device)
-    return LicCodec(name, loaded.info.sha256, device, torch.get_num_threads(), loaded)
+    codec = Codec(name, device, threads=threads)
+    loaded = codec.load_encoder()
+    return LicCodec(name, loaded.info.sha256, codec.device, torch.get_num_threads(), loaded)

@@ -31,8 +31,8 @@ class Row:
     """One picture at one quality. Seconds are wall time with the model loaded.
 
     ``compute``: from pixels to streams or back. ``total``: from the picture file to the ``.lic`` file, and
-    from the ``.lic`` file to pixels. ``peak_memory_mb`` is the highest of the process so far (10^6 bytes),
-    None where the system does not tell. ``problems`` says which checks failed.
+    from the ``.lic`` file to pixels. ``peak_memory_mb`` is the highest of the whole process so far (10^6 bytes),
+    with encoder, decoder and metrics, None where the system does not tell. ``problems`` says which checks failed.
     """
 
     image: str

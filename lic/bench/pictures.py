@@ -11,7 +11,7 @@ from lic.bench.metrics import Pixels
 from lic.errors import LicError, UsageError
 from lic.images import PICTURE_SUFFIXES, picture_of, rgb_of
 
-MAX_PIXELS = 1 << 30  # Pillow's own limit comes first
+MAX_PIXELS = 1 << 30
 
 
 @dataclass(frozen=True)

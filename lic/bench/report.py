@@ -255,7 +255,9 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
 
 def _facts_line(report: Report) -> str:
     facts = report.environment
-    memory = "" if report.peak_memory_mb is None else f", peak memory {report.peak_memory_mb:.0f} MB"
+    memory = ""
+    if report.peak_memory_mb is not None:
+        memory = f", peak memory of the measuring process (encoder, decoder, metrics) {report.peak_memory_mb:.0f} MB"
     return (
         f"{report.curve.source}; {facts.get('date')}, {facts.get('cpu')}, "
         f"{facts.get('threads')} threads{memory}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -39,6 +42,19 @@ def picture_of(data: bytes, *, max_pixels: int) -> Image.Image:
     is of a kind that this version does not code: other modes than RGB, more than 8 bits, several frames.
     """
     try:
+        return _read(data, max_pixels)
+    except (LicError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        what = "the file is empty" if not data else "not a picture of a known format"
+        raise LicError(f"{what} (known: PNG, PPM, WebP, TIFF, JPEG, BMP, AVIF)") from None
+    except Exception as error:
+        # Pillow's readers raise SyntaxError, struct.error, IndexError and more on damaged files.
+        raise LicError(f"cannot read the picture: {error}") from error
+
+
+def _read(data: bytes, max_pixels: int) -> Image.Image:
+    with _without_pillows_limit():
         image = Image.open(io.BytesIO(data), formats=READABLE)
         if image.width * image.height > max_pixels:
             raise LicError(
@@ -49,16 +65,19 @@ def picture_of(data: bytes, *, max_pixels: int) -> Image.Image:
         # A later tag in the data may have said that an RGB picture has a transparent colour.
         _refuse_unsupported(image)
         return _oriented(image)
-    except (LicError, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        what = "the file is empty" if not data else "not a picture of a known format"
-        raise LicError(f"{what} (known: PNG, PPM, WebP, TIFF, JPEG, BMP, AVIF)") from None
-    except Image.DecompressionBombError as error:
-        raise LicError(f"too many pixels for Pillow's own limit: {error}") from error
-    except Exception as error:
-        # Pillow's readers raise SyntaxError, struct.error, IndexError and more on damaged files.
-        raise LicError(f"cannot read the picture: {error}") from error
+
+
+def metadata_of(image: Image.Image) -> list[str]:
+    """What a picture carries besides pixels, by name: "colour profile", "EXIF", "XMP". Damaged EXIF counts too.
+
+    The orientation that :func:`picture_of` has applied is no longer there, and a TIFF's own tags are no EXIF.
+    """
+    present = {
+        "colour profile": image.info.get("icc_profile"),
+        "EXIF": image.info.get("exif") and _has_tags(image.info["exif"]),
+        "XMP": image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"),
+    }
+    return [name for name, there in present.items() if there]
 
 
 def rgb_of(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -103,6 +122,32 @@ def _has_more_than_8_bits(image: Image.Image) -> bool:
         if tile[0] in ("ppm", "ppm_plain") and args[-1] > 255:
             return True
     return False
+
+
+_pillows_limit = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Lift Pillow's limit of pixels, a setting of the whole process, while a picture is read.
+
+    The caller checks the size before any pixel is decoded; otherwise ``--max-pixels`` could not go beyond it.
+    """
+    with _pillows_limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _has_tags(data: bytes) -> bool:
+    exif = Image.Exif()
+    try:
+        exif.load(data)
+        return bool(exif)
+    except Exception:  # Pillow raises SyntaxError, struct.error and more on damaged EXIF
+        return True
 
 
 def _oriented(image: Image.Image) -> Image.Image:

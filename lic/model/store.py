@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,12 @@ class ModelInfo:
     parameters: int
     kmac: dict[str, float]  # thousand multiply-adds per pixel of each part, and of the whole decoder
     rate_range: tuple[float, float] | None  # bits per pixel at quality 0 and 100, Kodak average
-    sha256: str
     provenance: dict[str, Any]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole file, which is read when this is first asked for. Raises OSError."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -70,24 +75,25 @@ def folders() -> list[Path]:
 
 
 def available() -> list[ModelInfo]:
-    """Every model found, the first of each name first in search order; unreadable files are left out."""
+    """Every model found, the first of each name in search order; what is no weights file or unreadable is left out."""
     found: dict[str, ModelInfo] = {}
     for folder in folders():
         for path in sorted(folder.glob("*" + SUFFIX)):
             try:
                 info = read_info(path)
-            except LicError:
+            except (LicError, OSError):
                 continue
             found.setdefault(info.name, info)
     return list(found.values())
 
 
 def read_info(path: Path) -> ModelInfo:
-    """Raises LicError if the file is not a lic weights file."""
-    data = path.read_bytes()
+    """Read the header of a weights file only. Raises LicError if it is not a lic weights file, OSError."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length < path.stat().st_size else b""
     try:
-        length = int.from_bytes(data[:8], "little")
-        meta = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["lic"])
+        meta = json.loads(json.loads(header)["__metadata__"]["lic"])
         rate_range = meta["rate_range"]
         return ModelInfo(
             name=meta["name"],
@@ -98,7 +104,6 @@ def read_info(path: Path) -> ModelInfo:
             parameters=meta["parameters"],
             kmac=meta["kmac"],
             rate_range=tuple(rate_range) if rate_range else None,
-            sha256=hashlib.sha256(data).hexdigest(),
             provenance=meta["provenance"],
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -130,11 +135,6 @@ def find_for(header: Header) -> ModelInfo:
     if any(info.name == header.model for info in models):
         raise UnsupportedError(f"needs other weights than the installed ones of that name: {wanted}")
     raise UnsupportedError(f"needs a model that is not installed: {wanted}")
-
-
-def load_for(header: Header, device: str = "cpu") -> LoadedModel:
-    """Load the model that a file was made with. Raises UnsupportedError naming it if it is not installed."""
-    return load_file(find_for(header), device)
 
 
 def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
 import click
+
+from lic.options import device_options, verbosity_options
 
 
 @click.command()
@@ -24,8 +27,8 @@ import click
 @click.option("--late-batch", type=int, default=2, show_default=True)
 @click.option("--late-crop", type=int, default=256, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@click.option("--threads", type=int)
+@device_options
+@verbosity_options
 def command(data, folder, minutes, schedule_minutes, init, device, threads, **settings):  # type: ignore[no-untyped-def]
     """Train a model on DATA: tar files or folders of pictures.
 
@@ -35,8 +38,8 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     import torch
     import torch.distributed as dist
 
+    from lic.device import select_device
     from lic.errors import LicError
-    from lic.pipeline.device import select_device
     from lic.train.data import Pictures
     from lic.train.trainer import Settings, Trainer, append_log, averaged_model
 
@@ -72,7 +75,8 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     def log(entry: dict[str, object]) -> None:
         if trainer.rank == 0:
             write(entry)
-            click.echo(json.dumps(entry), err=True)
+            if logging.getLogger("lic").isEnabledFor(logging.WARNING):
+                click.echo(json.dumps(entry), err=True)
 
     pictures = Pictures(list(data), target, trainer.settings.seed)
     try:
@@ -90,6 +94,7 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
 @click.option("--name", help="Name of the model (default: its configuration's).")
 @click.option("--data", required=True, help="What it was trained on, for the record inside the file.")
 @click.option("--rate-range", type=(float, float), help="Bits per pixel at quality 0 and 100, for `lic models`.")
+@verbosity_options
 def export_command(state, target, name, data, rate_range):  # type: ignore[no-untyped-def]
     """Turn the training STATE (a .pt file) into the weights file TARGET."""
     from lic.train.export import export

@@ -31,9 +31,12 @@ def export(state: Path, target: Path, *, name: str | None, data: str, rate_range
 
 
 def _commit() -> str:
-    """The checked-out commit of the code, or "unknown" outside a checkout."""
+    """The commit of the checkout that this code runs from, or "unknown": an installed copy may lie in any other."""
+    root = Path(__file__).resolve().parents[2]
     try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        if not (root / ".git").exists() or 'name = "lic"' not in (root / "pyproject.toml").read_text(encoding="utf-8"):
+            return "unknown"
+        run = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
     except OSError:
         return "unknown"
     return run.stdout.strip() or "unknown"
