@@ -11,7 +11,7 @@ import math
 
 MAX_CODE = 50_000  # 1/500 of a quality step: finer than any size target needs
 MIN_LAMBDA, MAX_LAMBDA = 0.0005, 1.0
-DEFAULT_QUALITY = 45.0
+DEFAULT_QUALITY = 40.0  # about 0.6 bpp on Kodak
 
 
 def code_of(quality: float) -> int:

@@ -488,7 +488,7 @@ def test_info(lic: Run, tmp_path: Path, coded: bytes) -> None:
     text = lic("info", "a.lic").stdout.decode()
     assert "70x44 pixels" in text and "tiny" in text and "hyper" in text
     facts = json.loads(lic("info", "a.lic", "--json").stdout)
-    assert facts["file"] == "a.lic" and facts["model"] == "tiny" and facts["quality"] == 45
+    assert facts["file"] == "a.lic" and facts["model"] == "tiny" and facts["quality"] == 40
     assert sum(section["bytes"] for section in facts["sections"]) == facts["bytes"] == len(coded)
     assert facts["lambda"] > 0 and len(facts["entropy_id"]) == 8
 
