@@ -365,7 +365,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_interrupt_exits_with_130() -> None:
     script = (
-        "import os, signal, sys; from lic import cli, stdio\n"
+        "import os, signal, sys; from lic import cli, stdio\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "stdio.read_stdin = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.main(['info', '-'])"
     )

@@ -125,6 +125,7 @@ def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(photos), "--state", str(tmp_path), "--minutes", "0.1", "--model", "tiny", "--batch", "2",
