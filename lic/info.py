@@ -9,18 +9,32 @@ from typing import Any
 from lic import container
 from lic.quality import lambda_of, quality_of
 
+_REDUCED = {
+    container.Reduced.PRECISION: "precision",
+    container.Reduced.COLOUR_MODEL: "colour model",
+    container.Reduced.FRAMES: "further frames",
+    container.Reduced.COLOUR_SPACE: "colour space",
+}
+
 
 @dataclass(frozen=True)
 class Info:
     """Header and layout of a file. Sizes in bytes and pixels, identities in hexadecimal.
 
-    ``tile`` is the side of the tiles, 0 when the picture is one tile. ``streams`` is per tile. ``sections``
-    are (name, size) in file order; together they are the whole file.
+    ``mode`` is Pillow's: L, LA, RGB or RGBA; ``depth`` the bits per sample that decoding gives; ``metadata``
+    the kinds that are kept: icc, exif, xmp; ``reduced`` what the source had and the file has not. ``tile`` is
+    the side of the tiles, 0 when the picture is one tile. ``streams`` is per tile. ``sections`` are
+    (name, size) in file order; together they are the whole file.
     """
 
     format_version: int
     width: int
     height: int
+    mode: str
+    depth: int
+    alpha: bool
+    metadata: tuple[str, ...]
+    reduced: tuple[str, ...]
     bytes: int
     bpp: float
     quality: float
@@ -29,7 +43,6 @@ class Info:
     entropy_id: str
     synthesis_id: str
     coder: int
-    colour: int
     effort: int
     tile: int
     streams: int
@@ -48,10 +61,13 @@ class Info:
         tiles = f"{self.tile}x{self.tile} pixels" if self.tile else "one"
         facts = {
             "size": f"{self.width}x{self.height} pixels",
+            "mode": f"{self.mode}, {self.depth} bits per sample",
+            "metadata": ", ".join(self.metadata) or "none",
+            "reduced": ", ".join(self.reduced) or "nothing",
             "file": f"{self.bytes} bytes, {self.bpp:.4f} bpp",
             "quality": f"{self.quality:g} (λ = {self.lagrangian:.5g})",
             "model": f"{self.model} (entropy {self.entropy_id}, synthesis {self.synthesis_id})",
-            "format": f"version {self.format_version}, coder {self.coder}, colour {self.colour}",
+            "format": f"version {self.format_version}, coder {self.coder}",
             "effort": str(self.effort),
             "tiles": f"{tiles}, {self.streams} streams each",
             "symbols": f"CRC-32 {self.symbols_crc}",
@@ -64,11 +80,18 @@ class Info:
 
 def info_of(data: bytes) -> Info:
     """Read and check a whole file's framing. Raises CorruptError and UnsupportedError as decoding would."""
-    header = container.parse(data, max_pixels=None).header
+    parsed = container.parse(data, max_pixels=None)
+    header, kinds = parsed.header, [section.kind for section in parsed.sections]
+    alpha = container.ALPHA in kinds
     return Info(
         format_version=container.FORMAT_VERSION,
         width=header.width,
         height=header.height,
+        mode=("L" if header.gray else "RGB") + "A" * alpha,
+        depth=16 if header.deep else 8,
+        alpha=alpha,
+        metadata=container.metadata_kinds(kinds),
+        reduced=tuple(text for flag, text in _REDUCED.items() if header.reduced & flag),
         bytes=len(data),
         bpp=8 * len(data) / (header.width * header.height),
         quality=quality_of(header.quality),
@@ -77,7 +100,6 @@ def info_of(data: bytes) -> Info:
         entropy_id=header.entropy_id.hex(),
         synthesis_id=header.synthesis_id.hex(),
         coder=header.coder,
-        colour=header.colour,
         effort=header.effort,
         tile=header.tile,
         streams=header.streams,

@@ -6,9 +6,12 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -17,11 +20,17 @@ from lic.container import (
     FORMAT_VERSION,
     MAGIC,
     MAX_STREAMS,
+    METADATA_LIMIT,
     TILE_LIMIT,
     Container,
     Header,
+    Metadata,
+    Reduced,
     Section,
     layout,
+    metadata_kinds,
+    metadata_of,
+    metadata_sections,
     pack,
     parse,
     parse_header,
@@ -40,6 +49,7 @@ HEADER = Header(
     tile=256,
     streams=3,
     symbols_crc=0xDEADBEEF,
+    reduced=Reduced.COLOUR_MODEL,
     effort=7,
 )
 EXAMPLE = Container(
@@ -47,7 +57,7 @@ EXAMPLE = Container(
     tiles=((b"\xc0\xc1\xc2", b"\xd0\xd1", b"\xe0"), (b"\xc8", b"", b"\xe8\xe9")),
     sections=(Section("teXt", b"hi"),),
 )
-SECTION_TABLE = 29  # its offset in the example
+SECTION_TABLE = 30  # its offset in the example
 
 
 def one_tile(stream_sizes: list[int], **fields: Any) -> Container:
@@ -66,7 +76,7 @@ def changed(data: bytes, offset: int, value: int) -> bytes:
 
 def test_worked_example_of_the_specification() -> None:
     text = (Path(__file__).parents[1] / "bitstream_spec.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```\n([0-9a-f \n]+)\n```", text.split("## 7 Worked example")[1])
+    blocks = re.findall(r"```\n([0-9a-f \n]+)\n```", text.split("## 8 Worked example")[1])
     assert pack(EXAMPLE) == bytes.fromhex(blocks[0])
     rows = re.findall(r"^\| (\d+) \| ([0-9a-f ]+|\(empty\)) \|", text, flags=re.MULTILINE)
     listed = b"".join(bytes.fromhex(hexes) for _, hexes in rows if hexes != "(empty)")
@@ -80,7 +90,7 @@ def test_round_trip_of_the_example() -> None:
 @pytest.mark.parametrize("size", [(768, 512), (512, 768), (2048, 2048)])  # the last: as large as one tile may be
 @pytest.mark.parametrize("stream", [0, 100, 5_000, 65_535])
 def test_framing_stays_in_its_budget(size: tuple[int, int], stream: int) -> None:
-    container = one_tile([stream] * 9, width=size[0], height=size[1], quality=MAX_CODE, effort=9)
+    container = one_tile([stream] * 9, width=size[0], height=size[1], quality=MAX_CODE, effort=9, reduced=0)
     assert len(pack(container)) - 9 * stream <= 28 + 2 * (9 + 1)
 
 
@@ -130,7 +140,7 @@ def test_layout_covers_the_file_without_gaps() -> None:
     ]
     assert [part.offset for part in parts] == [sum(p.size for p in parts[:i]) for i in range(len(parts))]
     assert parts[-1].offset + parts[-1].size == len(data)
-    assert layout(data[:50]) == parts
+    assert layout(data[:51]) == parts
     assert [part.name for part in layout(pack(one_tile([1, 1, 1])))] == [
         "header",
         "hyper",
@@ -187,18 +197,34 @@ def test_newer_version_asks_for_an_upgrade() -> None:
             read(newer)
     with pytest.raises(UnsupportedError, match="format version"):
         parse(MAGIC + bytes([(FORMAT_VERSION + 1) << 2]))
+    with pytest.raises(UnsupportedError, match="version 0 was never released"):
+        parse(changed(pack(EXAMPLE), 3, 0))
+
+
+@pytest.mark.parametrize("gray", [False, True])
+@pytest.mark.parametrize("deep", [False, True])
+def test_gray_and_depth_cost_nothing(gray: bool, deep: bool) -> None:
+    plain, other = one_tile([1, 1], reduced=0), one_tile([1, 1], reduced=0, gray=gray, deep=deep)
+    assert parse(pack(other)) == other
+    assert len(pack(other)) == len(pack(plain))
+
+
+def test_what_was_reduced_costs_a_byte_and_unknown_reasons_are_kept() -> None:
+    plain = one_tile([1, 1], reduced=0)
+    for reduced in (Reduced.FRAMES, 128, 255):
+        other = one_tile([1, 1], reduced=reduced)
+        assert parse(pack(other)).header.reduced == reduced
+        assert len(pack(other)) == len(pack(plain)) + 1
 
 
 def test_reserved_values_are_unsupported_in_whole_files_only() -> None:
     data = pack(EXAMPLE)
     coder = changed(data, 3, data[3] | 1)
-    colour = changed(data, 17, data[17] | 1 << 5)
-    for changed_data, message in ((coder, "coder 1 is unknown"), (colour, "colour format 1 is unknown")):
-        with pytest.raises(UnsupportedError, match=message):
-            parse(changed_data)
-        with pytest.raises(CorruptError, match="checksum"):
-            parse(changed_data[:-4] + data[-4:])
-        parse_header(changed_data)  # lic info still has something to show
+    with pytest.raises(UnsupportedError, match="coder 1 is unknown"):
+        parse(coder)
+    with pytest.raises(CorruptError, match="checksum"):
+        parse(coder[:-4] + data[-4:])
+    parse_header(coder)  # lic info still has something to show
 
 
 def test_unknown_sections() -> None:
@@ -267,10 +293,10 @@ def test_tile_limit(width: int, height: int, tile: int, fits: bool, monkeypatch:
         parse(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-def variable_part(bits: str, *, tiled: bool = False, streams: int = 2) -> bytes:
+def variable_part(bits: str, *, tiled: bool = False, reduced: bool = False, streams: int = 2) -> bytes:
     """A file whose variable part is ``bits``, padded with zeros, and nothing after it but a checksum."""
     fixed = bytearray(pack(one_tile([0] * streams))[:18])
-    fixed[17] = fixed[17] & 0xFE | tiled
+    fixed[17] = tiled | reduced << 5
     bits += "0" * (-len(bits) % 8)
     return with_checksum(bytes(fixed) + int(bits, 2).to_bytes(len(bits) // 8, "big"))
 
@@ -282,6 +308,10 @@ EMPTY_LENGTHS = "00000" + "0" + "0"
 
 def test_hand_written_variable_part_parses() -> None:
     assert parse(variable_part(NAME + SIZE_1X1 + EMPTY_LENGTHS)).header.model == "a"
+    said = parse(variable_part(NAME + SIZE_1X1 + "10000001" + EMPTY_LENGTHS, reduced=True)).header
+    assert said.reduced == 129
+    with pytest.raises(CorruptError, match="nothing is said to be reduced"):
+        parse(variable_part(NAME + SIZE_1X1 + "00000000" + EMPTY_LENGTHS, reduced=True))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +359,7 @@ def test_hostile_tile_counts_fail_before_anything_is_read() -> None:
         {"streams": 256},
         {"symbols_crc": 2**32},
         {"coder": 1},
-        {"colour": 1},
+        {"reduced": 256},
         {"effort": 10},
         {"width": 2**32, "tile": 64},
     ],
@@ -343,14 +373,49 @@ def test_pack_refuses_streams_and_sections_that_do_not_fit() -> None:
     for tiles in ((), EXAMPLE.tiles[:1], (EXAMPLE.tiles[0], EXAMPLE.tiles[1][:2])):
         with pytest.raises(ValueError, match="2 tiles of 3 streams"):
             pack(replace(EXAMPLE, tiles=tiles))
+    with pytest.raises(ValueError, match="two sections of one kind"):
+        pack(replace(EXAMPLE, sections=(Section("abcd", b""),) * 2))
     for sections in ((Section("abc", b""),), (Section("ab1d", b""),), (Section("Abcd", b""),)):
         with pytest.raises(ValueError, match="section"):
             pack(replace(EXAMPLE, sections=sections))
+    kinds = ["ab" + "".join(pair) for pair in product(ascii_lowercase, repeat=2)][:256]
     with pytest.raises(ValueError, match="255 sections"):
-        pack(replace(EXAMPLE, sections=(Section("abcd", b""),) * 256))
+        pack(replace(EXAMPLE, sections=tuple(Section(kind, b"") for kind in kinds)))
 
 
 def test_container_needs_neither_torch_nor_numpy() -> None:
     code = "import sys, lic.container; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_metadata_comes_back_and_other_sections_are_passed_over() -> None:
+    metadata = Metadata(icc=bytes(5000), exif=b"II*\0", xmp=b"<x:xmpmeta/>")
+    sections = metadata_sections(metadata)
+    assert len(sections) == 3 and sum(len(section.data) for section in sections) < 100
+    assert metadata_of([*sections, Section("teXt", b"hi")]) == metadata
+    assert metadata_kinds([section.kind for section in sections]) == ("icc", "exif", "xmp")
+    assert metadata_sections(Metadata(xmp=b"")) == () and not Metadata(xmp=b"")
+
+
+def test_metadata_has_a_limit_in_both_directions() -> None:
+    full = Metadata(exif=bytes(METADATA_LIMIT))
+    assert metadata_of(metadata_sections(full)) == full
+    with pytest.raises(ValueError, match="metadata of more than"):
+        metadata_sections(Metadata(exif=bytes(METADATA_LIMIT + 1)))
+    bomb = Section("exif", zlib.compress(bytes(50 * METADATA_LIMIT)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptError, match="longer than"):
+            metadata_of([bomb])
+        assert tracemalloc.get_traced_memory()[1] < 3 * METADATA_LIMIT
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"x", zlib.compress(b""), zlib.compress(b"abc")[:-1], zlib.compress(b"abc") + b"x"]
+)
+def test_damaged_metadata_is_refused(data: bytes) -> None:
+    with pytest.raises(CorruptError, match="section iccp"):
+        metadata_of([Section("iccp", data)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import tracemalloc
 import zlib
@@ -13,12 +14,16 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lic.container import (
+    FORMAT_VERSION,
     MAGIC,
     TILE_LIMIT,
     Container,
     Header,
+    Metadata,
     Section,
     layout,
+    metadata_of,
+    metadata_sections,
     pack,
     parse,
     parse_header,
@@ -29,6 +34,7 @@ from lic.quality import MAX_CODE
 
 # A busy machine is no failure.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+VERSION = bytes([FORMAT_VERSION << 2])
 NAMES = st.text("abcdefghijklmnopqrstuvwxyz0123456789._-", min_size=1, max_size=31)
 SIZES = st.one_of(st.integers(1, 1000), st.integers(1, 5000), st.integers(1, 2**32))
 TILES = st.one_of(st.just(0), st.integers(1, 2**16).map(lambda units: 64 * units), st.just(2048))
@@ -53,6 +59,9 @@ def containers(draw: st.DrawFn) -> Container:
         tile=tile,
         streams=streams,
         symbols_crc=draw(st.integers(0, 2**32 - 1)),
+        gray=draw(st.booleans()),
+        deep=draw(st.booleans()),
+        reduced=draw(st.integers(0, 255)),
         effort=draw(st.integers(0, 9)),
     )
     sizes = draw(st.lists(st.integers(0, 40), min_size=tiles * streams, max_size=tiles * streams))
@@ -62,7 +71,7 @@ def containers(draw: st.DrawFn) -> Container:
     return Container(
         header,
         tuple(tuple(chunks[i : i + streams]) for i in range(0, len(chunks), streams)),
-        tuple(draw(st.lists(SECTIONS, max_size=3))),
+        tuple(draw(st.lists(SECTIONS, max_size=3, unique_by=lambda section: section.kind))),
     )
 
 
@@ -70,7 +79,7 @@ SAMPLE = pack(
     Container(
         Header(100, 70, 30_000, "base", b"\x12\x34\x56\x78", b"\x9a\xbc", 64, 2, 0x01020304),
         tuple((bytes([tile] * 5), bytes([128 + tile] * (7 - tile))) for tile in range(4)),
-        (Section("exIf", b"metadata"),),
+        metadata_sections(Metadata(exif=b"metadata")),
     )
 )
 
@@ -138,13 +147,13 @@ def test_truncations_and_flips_of_any_file(container: Container, data: st.DataOb
 def test_random_bytes(data: bytes) -> None:
     assert not survives(data)
     assert not survives(MAGIC + data)
-    assert not survives(MAGIC + b"\0" + data)
+    assert not survives(MAGIC + VERSION + data)
 
 
 @PATIENT
 @given(st.binary(min_size=14, max_size=200), st.binary(max_size=100))
 def test_hostile_headers_with_a_right_checksum(header: bytes, rest: bytes) -> None:
-    body = MAGIC + b"\0" + header + rest
+    body = MAGIC + VERSION + header + rest
     survives(body + struct.pack(">I", zlib.crc32(body)))
 
 
@@ -165,9 +174,19 @@ def test_hostile_files_cost_little_memory() -> None:
         for streams in (2, 16, 255):
             for flags in (0, 1):
                 for tail in (b"", bytes(5_000), b"\xff" * 5_000):
-                    body = MAGIC + b"\0" + bytes(12) + bytes([streams, flags]) + sizes + tail
+                    body = MAGIC + VERSION + bytes(12) + bytes([streams, flags]) + sizes + tail
                     with pytest.raises(LicError):
                         parse(body + struct.pack(">I", zlib.crc32(body)), max_pixels=None)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
+
+
+@PATIENT
+@given(st.sampled_from(["iccp", "exif", "xmpd"]), st.binary(max_size=200), st.integers(0, 10**6), st.integers(0, 255))
+def test_hostile_metadata(kind: str, data: bytes, at: int, value: int) -> None:
+    altered = bytearray(zlib.compress(data))
+    altered[at % len(altered)] = value
+    for content in (data, bytes(altered)):
+        with contextlib.suppress(CorruptError):
+            assert metadata_of([Section(kind, content)])

@@ -1,6 +1,7 @@
 """Bytes in, bytes out: the ``.lic`` container. No torch."""
 
 from lic.container.format import (
+    ALPHA,
     DEFAULT_MAX_PIXELS,
     FORMAT_VERSION,
     MAGIC,
@@ -10,6 +11,7 @@ from lic.container.format import (
     Header,
     Index,
     Part,
+    Reduced,
     Section,
     layout,
     pack,
@@ -17,19 +19,27 @@ from lic.container.format import (
     parse_header,
     tile_boxes,
 )
+from lic.container.metadata import METADATA_LIMIT, Metadata, metadata_kinds, metadata_of, metadata_sections
 
 __all__ = [
+    "ALPHA",
     "DEFAULT_MAX_PIXELS",
     "FORMAT_VERSION",
     "MAGIC",
     "MAX_STREAMS",
+    "METADATA_LIMIT",
     "TILE_LIMIT",
     "Container",
     "Header",
     "Index",
+    "Metadata",
     "Part",
+    "Reduced",
     "Section",
     "layout",
+    "metadata_kinds",
+    "metadata_of",
+    "metadata_sections",
     "pack",
     "parse",
     "parse_header",

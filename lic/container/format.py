@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntFlag
 from typing import NamedTuple
 
 from lic.container.bits import BitReader, BitWriter
@@ -24,7 +25,7 @@ from lic.errors import CorruptError, UnsupportedError
 from lic.quality import MAX_CODE
 
 MAGIC = b"\x8bLI"  # 0x8b begins no ASCII, UTF-8 or UTF-16 text, and is lost where only 7 bits pass
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
 DEFAULT_MAX_PIXELS = 2**28
 MAX_STREAMS = 2**18  # tiles × streams per tile: bounds what a small hostile file can make a reader allocate
 
@@ -32,14 +33,23 @@ TILE_UNIT = 64  # pixels: what is decoded is a picture or tile with both sides r
 TILE_LIMIT = 2**22  # such pixels of a tile: bounds what a decoder needs for one, whatever a file claims
 NAME_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789._-"
 CODERS = (0,)  # what this version reads and writes
-COLOURS = (0,)
-MANDATORY_SECTIONS: frozenset[str] = frozenset()
+ALPHA = "Alph"  # the section that holds the transparency
+MANDATORY_SECTIONS = frozenset({ALPHA})
 
-# signature; version, coder; entropy id; synthesis id; symbols CRC; quality; streams; colour, effort, tiled
+# signature; version, coder; entropy id; synthesis id; symbols CRC; quality; streams; flags of colour, effort, tiled
 _FIXED = struct.Struct(">3sB4s2sIHBB")
 _SECTION = struct.Struct(">4sI")
 _CRC = struct.Struct(">I")
 _SECTION_KIND = re.compile("[A-Za-z]{4}")
+
+
+class Reduced(IntFlag):
+    """What was lost, besides the codec's own loss, when the encoder read the source. The values are of the format."""
+
+    PRECISION = 1  # samples had more bits than reached the encoder
+    COLOUR_MODEL = 2  # CMYK, Lab and others became RGB
+    FRAMES = 4  # the first of several frames or pages was taken
+    COLOUR_SPACE = 8  # a profile or gamma that says what the colours mean was left out
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,9 @@ class Header:
     streams: int  # per tile: 1 hyper-latent stream + groups, 2..255
     symbols_crc: int  # CRC-32 of all decoded symbols
     coder: int = 0  # 0 = the torchac-compatible range coder
-    colour: int = 0  # 0 = RGB, 8 bits
+    gray: bool = False  # one channel: the mean of the network's three
+    deep: bool = False  # the source had more than 8 bits per sample, and a decoder should write 16
+    reduced: int = 0  # 0..255: what the source had and the file has not, a sum of Reduced; informative
     effort: int = 0  # 0..9, of the encoder; informative
 
 
@@ -132,6 +144,8 @@ def pack(container: Container) -> bytes:
         raise ValueError(f"expected {_tile_count(header)} tiles of {header.streams} streams each")
     if len(sections) > 255 or not all(_SECTION_KIND.fullmatch(section.kind) for section in sections):
         raise ValueError("at most 255 sections, each with a kind of 4 ASCII letters")
+    if len({section.kind for section in sections}) < len(sections):
+        raise ValueError("two sections of one kind")
     streams = [tile[i] for i in range(header.streams) for tile in tiles]
     lengths = [len(stream) for stream in streams]
     if max(lengths) >= 2**32 or any(len(section.data) >= 2**32 for section in sections):
@@ -145,7 +159,7 @@ def pack(container: Container) -> bytes:
         header.symbols_crc,
         header.quality,
         header.streams,
-        header.colour << 5 | header.effort << 1 | (header.tile > 0),
+        header.gray << 7 | header.deep << 6 | (header.reduced > 0) << 5 | header.effort << 1 | (header.tile > 0),
     )
     variable = BitWriter()
     variable.write(bool(sections), 1)
@@ -155,6 +169,8 @@ def pack(container: Container) -> bytes:
     _write_array(variable, [header.width - 1, header.height - 1])
     if header.tile:
         variable.write(header.tile // TILE_UNIT - 1, 16)
+    if header.reduced:
+        variable.write(header.reduced, 8)
     _write_array(variable, lengths)
     variable.align()
     parts = [fixed, bytes(variable.data)]
@@ -211,12 +227,14 @@ def parse_header(data: bytes) -> Index:
         raise CorruptError("empty file")
     if not data.startswith(MAGIC[: len(data)]):
         raise CorruptError("not a .lic file")
-    version = int.from_bytes(data[3:4], "big") >> 2  # 0 where the file ends before it
-    if version > FORMAT_VERSION:
-        raise UnsupportedError(
-            f"format version {version} is newer than this lic, which reads up to {FORMAT_VERSION}: upgrade lic"
-        )
     reader = BitReader(data)
+    if len(data) > len(MAGIC) and data[len(MAGIC)] >> 2 != FORMAT_VERSION:
+        version = data[len(MAGIC)] >> 2
+        if version > FORMAT_VERSION:
+            raise UnsupportedError(
+                f"format version {version} is newer than this lic, which reads up to {FORMAT_VERSION}: upgrade lic"
+            )
+        raise UnsupportedError(f"format version {version} was never released: encode the picture again")
     fixed = reader.read_bytes(_FIXED.size)
     _, version_coder, entropy_id, synthesis_id, symbols_crc, quality, streams, flags = _FIXED.unpack(fixed)
     has_sections = reader.read(1)
@@ -224,6 +242,10 @@ def parse_header(data: bytes) -> Index:
     if any(letter >= len(NAME_ALPHABET) for letter in letters):
         raise CorruptError("damaged: the model name holds a character that does not exist")
     width, height = (size + 1 for size in _read_array(reader, 2))
+    tile = TILE_UNIT * (reader.read(16) + 1) if flags & 1 else 0
+    reduced = reader.read(8) if flags & 32 else 0
+    if flags & 32 and not reduced:
+        raise CorruptError("damaged: nothing is said to be reduced")
     header = Header(
         width=width,
         height=height,
@@ -231,11 +253,13 @@ def parse_header(data: bytes) -> Index:
         model="".join(NAME_ALPHABET[letter] for letter in letters),
         entropy_id=entropy_id,
         synthesis_id=synthesis_id,
-        tile=TILE_UNIT * (reader.read(16) + 1) if flags & 1 else 0,
+        tile=tile,
         streams=streams,
         symbols_crc=symbols_crc,
         coder=version_coder & 3,
-        colour=flags >> 5,
+        gray=bool(flags & 128),
+        deep=bool(flags & 64),
+        reduced=reduced,
         effort=flags >> 1 & 15,
     )
     problem = _range_problem(header)
@@ -252,6 +276,8 @@ def parse_header(data: bytes) -> Index:
             kind = kind_bytes.decode("latin-1")
             if not _SECTION_KIND.fullmatch(kind):
                 raise CorruptError("damaged: a section kind is not 4 letters")
+            if kind in (other for other, _ in sections):
+                raise CorruptError(f"damaged: two sections {kind}")
             sections.append((kind, length))
     total = reader.offset + sum(lengths) + sum(length for _, length in sections) + _CRC.size
     return Index(header, lengths, tuple(sections), reader.offset, total)
@@ -309,7 +335,7 @@ def _range_problem(header: Header) -> str | None:
         ("streams", header.streams, 2, 255),
         ("symbols_crc", header.symbols_crc, 0, 2**32 - 1),
         ("coder", header.coder, 0, 3),
-        ("colour", header.colour, 0, 7),
+        ("reduced", header.reduced, 0, 255),
         ("effort", header.effort, 0, 9),
     ]
     for name, value, low, high in ranges:
@@ -348,8 +374,6 @@ def _unsupported(header: Header, kinds: Iterable[str]) -> str | None:
     """What this version does not know, in words, or None."""
     if header.coder not in CODERS:
         return f"coder {header.coder} is unknown"
-    if header.colour not in COLOURS:
-        return f"colour format {header.colour} is unknown"
     unknown = sorted({kind for kind in kinds if kind[:1].isupper()} - MANDATORY_SECTIONS)
     if unknown:
         return f"section {', '.join(unknown)} is needed to decode and unknown"

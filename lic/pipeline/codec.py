@@ -1,4 +1,4 @@
-"""Encoding and decoding of one RGB picture."""
+"""Encoding and decoding of the colour of one picture, RGB or gray."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Encoded:
     """A coded picture: what the decoder will show, and the float model's estimate of its streams in bits."""
 
     container: Container
-    reconstruction: np.ndarray  # uint8 (H, W, 3)
+    reconstruction: np.ndarray  # of the shape and type of what was encoded
     estimated_bits: float
     symbols_sha256: str
 
 
 @dataclass(frozen=True)
 class Decoded:
-    rgb: np.ndarray  # uint8 (H, W, 3)
+    rgb: np.ndarray  # uint8 or uint16, (H, W, 3), or (H, W, 1) if gray
     symbols_sha256: str
 
 
@@ -59,8 +59,8 @@ class _Symbols:
 
 @torch.no_grad()
 def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progress: Progress | None = None) -> Encoded:
-    """Encode uint8 (H, W, 3) at a quality code of :mod:`lic.quality`."""
-    height, width, _ = rgb.shape
+    """Encode uint8 or uint16, (H, W, 3) or gray (H, W, 1), at a quality code of :mod:`lic.quality`."""
+    height, width, channels = rgb.shape
     net = model.net
     code = torch.tensor([float(quality_code)], device=model.device)
     grid = _geometry(width, height)
@@ -91,14 +91,21 @@ def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progre
         tile=tile,
         streams=len(tiles[0]),
         symbols_crc=checks.crc,
+        gray=channels == 1,
+        deep=rgb.dtype == np.uint16,
     )
-    pixels = _pixels(model, dequantised, code, height, width)
+    pixels = _pixels(model, dequantised, code, header, 16 if header.deep else 8)
     return Encoded(Container(header, tuple(tiles)), pixels, bits, checks.hexdigest())
 
 
 @torch.no_grad()
-def decode_rgb(model: LoadedModel, container: Container, *, progress: Progress | None = None) -> Decoded:
-    """Decode a container made with this model. Raises CorruptError if the symbols are not those that were coded."""
+def decode_rgb(
+    model: LoadedModel, container: Container, *, bits: int = 8, progress: Progress | None = None
+) -> Decoded:
+    """Decode a container made with this model to 8 or 16 bits per sample.
+
+    Raises CorruptError if the symbols are not those that were coded.
+    """
     header, net = container.header, model.net
     if (header.entropy_id, header.synthesis_id) != (model.info.entropy_id, model.info.synthesis_id):
         raise UnsupportedError(f"made with other weights: {header.model} {header.entropy_id.hex()}")
@@ -117,12 +124,12 @@ def decode_rgb(model: LoadedModel, container: Container, *, progress: Progress |
             progress(done + 1, len(boxes))
     if checks.crc != header.symbols_crc:
         raise CorruptError("the decoded symbols fail their checksum: damaged, or this machine computes differently")
-    return Decoded(_pixels(model, dequantised, code, header.height, header.width), checks.hexdigest())
+    return Decoded(_pixels(model, dequantised, code, header, bits), checks.hexdigest())
 
 
-def _pixels(model: LoadedModel, dequantised: Tensor, code: Tensor, height: int, width: int) -> np.ndarray:
-    pixels = windows.synthesis(model.net, dequantised, code)
-    return pixels[0, :height, :width].cpu().numpy()
+def _pixels(model: LoadedModel, dequantised: Tensor, code: Tensor, header: Header, bits: int) -> np.ndarray:
+    pixels = windows.synthesis(model.net, dequantised, code, gray=header.gray, bits=bits)
+    return pixels[0, : header.height, : header.width].cpu().numpy()
 
 
 def _geometry(width: int, height: int) -> Geometry:

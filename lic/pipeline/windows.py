@@ -27,30 +27,40 @@ def _windows(size: int) -> Iterator[tuple[int, int, int, int]]:
         yield start, end, max(0, start - HALO), min(size, end + HALO)
 
 
-def analysis(net: CodecModel, rgb: np.ndarray, grid: Geometry, code: Tensor) -> Tensor:
-    """g_a over windows: uint8 (H, W, 3), edges continued to the latent grid -> latents (1, h, w, M), not rounded."""
+def analysis(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor) -> Tensor:
+    """g_a over windows, edges continued to the latent grid -> latents (1, h, w, M), not rounded.
+
+    ``pixels``: uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels.
+    """
     n = DOWNSAMPLING
-    height, width, _ = rgb.shape
+    height, width, _ = pixels.shape
+    white = np.iinfo(pixels.dtype).max
     y = torch.empty(1, grid.height, grid.width, net.config.latent, device=code.device)
     for top, bottom, above, below in _windows(grid.height):
         rows = np.arange(above * n, below * n).clip(max=height - 1)
         for left, right, before, after in _windows(grid.width):
             columns = np.arange(before * n, after * n).clip(max=width - 1)
-            pixels = torch.from_numpy(rgb[rows[:, None], columns]).to(code.device)
-            part = net.analysis(pixels.unsqueeze(0).float() / 255 - 0.5, code)
+            window = torch.from_numpy(pixels[rows[:, None], columns]).to(code.device)
+            part = net.analysis(window.float().expand(1, -1, -1, 3) / white - 0.5, code)
             y[:, top:bottom, left:right] = part[:, top - above : bottom - above, left - before : right - before]
     return y
 
 
-def synthesis(net: CodecModel, y: Tensor, code: Tensor) -> Tensor:
-    """g_s over windows: latents (1, h, w, M) -> pixels (1, 16·h, 16·w, 3), uint8."""
+def synthesis(net: CodecModel, y: Tensor, code: Tensor, *, gray: bool = False, bits: int = 8) -> Tensor:
+    """g_s over windows: latents (1, h, w, M) -> pixels (1, 16·h, 16·w, 3), uint8, or uint16 with ``bits`` = 16.
+
+    ``gray``: one channel, the mean of the network's three.
+    """
     h, w = y.shape[1:3]
     n = DOWNSAMPLING
-    x = torch.empty(1, h * n, w * n, 3, dtype=torch.uint8, device=y.device)
+    white, dtype = 2**bits - 1, torch.uint8 if bits == 8 else torch.uint16
+    x = torch.empty(1, h * n, w * n, 1 if gray else 3, dtype=dtype, device=y.device)
     for top, bottom, above, below in _windows(h):
         for left, right, before, after in _windows(w):
             part = net.synthesis(y[:, above:below, before:after], code)
             inside = part[:, (top - above) * n : (bottom - above) * n, (left - before) * n : (right - before) * n]
-            pixels = ((inside + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+            if gray:
+                inside = inside.mean(-1, keepdim=True)
+            pixels = ((inside + 0.5) * white).round().clamp(0, white).to(dtype)
             x[:, top * n : bottom * n, left * n : right * n] = pixels
     return x
