@@ -8,6 +8,11 @@ import secrets
 from pathlib import Path
 
 
+def temporary_name() -> str:
+    """A file name nobody uses: short, however long the final name may be, hidden, and no picture's."""
+    return f".lic-{secrets.token_hex(8)}.tmp"
+
+
 def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Put ``data`` under ``path``: the old file stays whole until the new one is.
 
@@ -19,7 +24,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     if target.exists() and not target.is_file():
         target.write_bytes(data)
         return
-    temporary = target.with_name(f".lic-{secrets.token_hex(8)}.tmp")  # short, however long the name may be
+    temporary = target.with_name(temporary_name())
     try:
         with open(temporary, "xb") as file:
             if target.exists():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from lic import stdio
+from lic import files, stdio
 from lic.errors import LicError, UsageError
 
 STDIO = "-"
@@ -47,38 +46,29 @@ def many(
 ) -> list[Job]:
     """The jobs of ``IN... --output-dir DIR``, in the order given, folders sorted.
 
-    A file goes to ``DIR/stem + target_suffix``. A folder stands for its files with one of
-    ``source_suffixes``, with ``recursive`` also for those of its subfolders, whose tree is mirrored. Raises
-    UsageError when two inputs would have the same output or an output would replace an input, LicError when
-    there is nothing to do. An input that does not exist is a job like others and fails when its turn comes.
+    A file goes to ``DIR/stem + target_suffix``, where DIR may be a URL. A folder stands for its files with one
+    of ``source_suffixes``, with ``recursive`` also for those of its subfolders, whose tree is mirrored; hidden
+    files and folders are passed over. Raises UsageError when two inputs would have the same output or an output
+    would replace an input, LicError when there is nothing to do. An input that does not exist is a job like
+    others and fails when its turn comes.
     """
     jobs: dict[str, Job] = {}
     for source in sources:
         if source in stdio.INPUT_NAMES:
             raise UsageError(f"{source!r} cannot be combined with --output-dir")
-        for path, relative in _files(Path(source), source_suffixes, recursive):
-            target = str(Path(output_dir) / relative.with_suffix(target_suffix))
+        for path, relative in files.find(source, source_suffixes, recursive=recursive):
+            target = files.join(output_dir, relative.with_suffix(target_suffix))
             if target in jobs:
                 raise UsageError(f"{jobs[target].source} and {path} would both become {target}")
-            jobs[target] = Job(str(path), target)
+            jobs[target] = Job(path, target)
     if not jobs:
         hint = "" if recursive else "; -r descends into subfolders"
         raise LicError(f"nothing to do: no {', '.join(sorted(source_suffixes))} files{hint}")
-    inputs = {os.path.realpath(job.source) for job in jobs.values()}
+    inputs = {files.identity(job.source) for job in jobs.values()}
     for target in jobs:
-        if os.path.realpath(target) in inputs:
+        if files.identity(target) in inputs:
             raise UsageError(f"{target} is an input and would be replaced")
     return list(jobs.values())
-
-
-def _files(source: Path, suffixes: Collection[str], recursive: bool) -> Iterator[tuple[Path, Path]]:
-    """Each file that ``source`` stands for, with its path relative to the output folder."""
-    if not source.is_dir():
-        yield source, Path(source.name)
-        return
-    for path in sorted(source.rglob("*") if recursive else source.iterdir()):
-        if path.suffix.lower() in suffixes and path.is_file():
-            yield path, path.relative_to(source)
 
 
 def _same_file(a: str, b: str) -> bool:

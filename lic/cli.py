@@ -11,26 +11,27 @@ import dataclasses
 import importlib
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from lic import __version__, batch, stdio
+from lic import __version__, batch, files, stdio
 from lic.batch import STDIO, Job
 from lic.container import DEFAULT_MAX_PIXELS
-from lic.errors import LicError
-from lic.options import device_options, set_up_logging, verbosity_options
+from lic.errors import LicError, UsageError
+from lic.options import Command, device_options, option, set_up_logging, verbosity_options
+from lic.outcome import Outcome, Report, failure_of, log, shows_progress
 from lic.quality import DEFAULT_QUALITY, code_of
 
 if TYPE_CHECKING:
-    from lic.api import Codec
+    from lic.work import Operation
 
-log = logging.getLogger("lic")
+INTERRUPTED = 130  # exit code
 
 _FORMATS = ("png", "ppm", "webp", "tiff", "jpeg", "bmp")  # lic.images.FORMATS, which imports numpy and Pillow
 
@@ -69,7 +70,10 @@ class _Group(click.Group):
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with one of the codes of :mod:`lic.errors`."""
     stdio.reserve_descriptors()
-    sys.exit(run(args))
+    code = run(args)
+    if code == INTERRUPTED:
+        os._exit(code)  # now: not when the threads that still read have come to an end
+    sys.exit(code)
 
 
 def run(args: Sequence[str] | None = None) -> int:
@@ -87,10 +91,10 @@ def run(args: Sequence[str] | None = None) -> int:
         if isinstance(abort.__cause__, EOFError):
             return _report("", abort.__cause__)
         log.error("interrupted")
-        return 130
+        return INTERRUPTED
     except KeyboardInterrupt:
         log.error("interrupted")
-        return 130
+        return INTERRUPTED
     except click.ClickException as error:
         message = error.format_message()
         if "\n" in message:  # `lic` alone: click makes the whole help its message
@@ -110,28 +114,19 @@ def _report(name: str, error: BaseException) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    prefix = {"": "", STDIO: "standard input: "}.get(name, f"{name}: ")
-    log.error("%s%s", prefix, _line(error, name), exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
-    return error.exit_code if isinstance(error, LicError) else 1
-
-
-def _line(error: BaseException, name: str = "") -> str:
-    """An exception in one line; ``name`` is the file that the line will be about anyway."""
-    if isinstance(error, LicError):
-        text = str(error)
-    elif isinstance(error, MemoryError):
-        text = "not enough memory"
-    elif isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-        if error.filename is not None and str(error.filename) != name:
-            text = f"{error.filename}: {text}"
-    else:
-        text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    return " ".join(text.split())
+    failure = failure_of(error, name)
+    failure.tell(name)
+    return failure.exit_code
 
 
 # ----------------------------------------------------------------------------------------------------
 # options
+
+
+def _model_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from lic.model import store
+
+    return [model.name for model in store.available() if model.name.startswith(incomplete)]
 
 
 def _check_quality(ctx: click.Context, param: click.Parameter, value: float) -> float:
@@ -142,18 +137,87 @@ def _check_quality(ctx: click.Context, param: click.Parameter, value: float) -> 
     return value
 
 
+@dataclass(frozen=True)
+class _Files:
+    """The options of :func:`_file_options`."""
+
+    output_dir: str | None
+    recursive: bool
+    no_clobber: bool
+    jobs: int
+    as_json: bool
+    report: str | None
+    engine: str
+    scheduler: str | None
+
+    def check(self) -> None:
+        """Raises UsageError where options contradict each other, LicError where a package is missing."""
+        if self.output_dir is None:
+            given = {"-r": self.recursive, "--jobs": self.jobs > 1, "--engine": self.engine != "local"}
+            for name in (name for name, there in given.items() if there):
+                raise UsageError(f"{name} goes with --output-dir")
+        if (self.engine == "dask") != (self.scheduler is not None):
+            raise UsageError("--engine dask and --scheduler ADDRESS go together")
+        if self.engine == "dask":
+            if self.jobs > 1:
+                raise UsageError("--jobs is for --engine local: a Dask cluster has as many workers as it has")
+            from lic import cluster
+
+            cluster.check()
+
+
 def _file_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in (
-        click.option("--json", "as_json", is_flag=True, help="A JSON line per file on standard error."),
-        click.option("--no-clobber", is_flag=True, help="Leave out files whose output exists."),
-        click.option("-r", "--recursive", is_flag=True, help="With --output-dir: descend into subfolders."),
-        click.option("--output-dir", metavar="DIR", help="Write all outputs into DIR, mirroring folders."),
+        option(
+            "Batches",
+            "--scheduler",
+            metavar="ADDRESS",
+            help="Of the Dask cluster, for instance tcp://10.0.0.1:8786.",
+        ),
+        option(
+            "Batches",
+            "--engine",
+            type=click.Choice(("local", "dask")),
+            default="local",
+            show_default=True,
+            help="Where a batch runs: on this machine, or on a Dask cluster that runs already.",
+        ),
+        option(
+            "Batches",
+            "-j",
+            "--jobs",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Worker processes, which share the CPU's cores. Each takes the memory of one.",
+        ),
+        option("Batches", "-r", "--recursive", is_flag=True, help="Descend into subfolders."),
+        option(
+            "Batches",
+            "--output-dir",
+            type=click.Path(),
+            metavar="DIR",
+            help="Write all outputs into DIR, mirroring folders.",
+        ),
+        option(
+            "Files",
+            "--report",
+            type=click.Path(),
+            metavar="FILE.jsonl",
+            help="Append a JSON line per file to FILE.jsonl.",
+        ),
+        option("Files", "--json", "as_json", is_flag=True, help="The same lines on standard error."),
+        option("Files", "--no-clobber", is_flag=True, help="Leave out files whose output exists."),
     ):
         function = decorator(function)
     return function
 
 
-_max_pixels = click.option(
+_paths = click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="IN OUT | IN... --output-dir DIR")
+
+_max_pixels = option(
+    "Files",
     "--max-pixels",
     type=click.IntRange(min=1),
     default=DEFAULT_MAX_PIXELS,
@@ -177,9 +241,22 @@ def cli() -> None:
     """
 
 
-@cli.command()
-@click.argument("paths", nargs=-1, required=True, metavar="IN OUT | IN... --output-dir DIR")
-@click.option(
+@cli.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  lic encode photo.png photo.lic
+  lic encode -q 70 - - < photo.png > photo.lic
+  lic encode photos/ --output-dir coded -r --jobs 4 --report coded.jsonl
+  lic encode photos/ --output-dir coded -r --no-clobber      # the rest of an interrupted batch
+
+A batch goes on after a failure, names each failed file on standard error and exits with 1. Outputs are replaced
+in one step when they are complete. More in docs/recipes.md.
+""",
+)
+@_paths
+@option(
+    "Coding",
     "-q",
     "--quality",
     type=float,
@@ -189,11 +266,19 @@ def cli() -> None:
     metavar="0..100",
     help="Higher looks better and takes more bytes.",
 )
-@click.option("--model", default="base", show_default=True, metavar="NAME", help="One of 'lic models'.")
-@click.option("--strip", is_flag=True, help="Store no metadata. (This version stores none.)")
+@option(
+    "Coding",
+    "--model",
+    default="base",
+    show_default=True,
+    metavar="NAME",
+    help="One of 'lic models'.",
+    shell_complete=_model_names,
+)
+@option("Coding", "--strip", is_flag=True, help="Store no metadata. (This version stores none.)")
 @device_options
-@_file_options
 @_max_pixels
+@_file_options
 @verbosity_options
 def encode(
     paths: tuple[str, ...],
@@ -202,78 +287,72 @@ def encode(
     strip: bool,
     device: str,
     threads: int | None,
-    output_dir: str | None,
-    recursive: bool,
-    no_clobber: bool,
-    as_json: bool,
     max_pixels: int,
+    **options: Any,
 ) -> int:
-    """Encode pictures (8-bit RGB) as .lic files. '-' is standard input or output."""
-    if output_dir is None:
+    """Encode pictures (8-bit RGB) as .lic files.
+
+    '-' is standard input or output. With --output-dir, any number of files and folders; a folder stands for the
+    pictures in it, and names keep their place in the tree.
+    """
+    run = _Files(**options)
+    run.check()
+    if run.output_dir is None:
 
         def accepts(out: str) -> bool:
             return out.lower().endswith(".lic")
 
-        jobs = [_single_job(paths, recursive, accepts, "end in .lic or be '-'")]
+        jobs = [_single_job(paths, accepts, "end in .lic or be '-'")]
     else:
         from lic.images import PICTURE_SUFFIXES
 
-        jobs = batch.many(paths, output_dir, ".lic", PICTURE_SUFFIXES, recursive=recursive)
+        jobs = batch.many(paths, run.output_dir, ".lic", PICTURE_SUFFIXES, recursive=run.recursive)
+    from lic.work import Encode
 
-    def work(job: Job, codec: Codec, stdout: int | None) -> None:
-        from lic import images
-
-        picture = images.picture_of(_read(job.source), max_pixels=max_pixels)
-        if not strip and (dropped := images.metadata_of(picture)):
-            log.warning("%s: not stored by this version: %s", job.source, ", ".join(dropped))
-        with _progress(jobs) as progress:
-            result = codec.encode_result(picture, quality, progress=progress)
-        _write(job.target, result.data, stdout)
-        facts = {
-            "input": job.source,
-            "output": job.target,
-            "width": picture.width,
-            "height": picture.height,
-            "bytes": len(result.data),
-            "bpp": round(8 * len(result.data) / (picture.width * picture.height), 4),
-            "estimated_bytes": round(result.estimated_bits / 8, 1),
-            "psnr": round(result.psnr, 2) if math.isfinite(result.psnr) else None,  # JSON has no infinity
-            "quality": quality,
-            "model": model,
-            "device": codec.device,
-            "seconds": round(result.seconds, 3),
-            "symbols_sha256": result.symbols_sha256,
-        }
-        _say(facts, as_json, "{bytes} bytes, {bpp} bpp, {psnr} dB, {seconds} s on {device}")
-
-    return _run_jobs(jobs, work, model, device, threads, output_dir, no_clobber)
+    operation = Encode(quality=quality, model=model, strip=strip, max_pixels=max_pixels, device=device, threads=threads)
+    return _run_jobs(operation, jobs, run)
 
 
-@cli.command()
-@click.argument("paths", nargs=-1, required=True, metavar="IN OUT | IN... --output-dir DIR")
-@click.option(
+@cli.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  lic decode photo.lic photo.png
+  lic decode photo.lic - --format ppm | display -
+  lic decode coded/ --output-dir back -r --format webp
+  lic encode - - < photo.png | lic decode - - > back.png
+
+A damaged file gives exit code 3, one that needs a newer version or another model 4, and no picture.
+""",
+)
+@_paths
+@option(
+    "Coding",
     "--format",
     "format",
     type=click.Choice(_FORMATS),
     help="Of the output; default: OUT's suffix, png for '-' and --output-dir.",
 )
 @device_options
-@_file_options
 @_max_pixels
+@_file_options
 @verbosity_options
 def decode(
     paths: tuple[str, ...],
     format: str | None,
     device: str,
     threads: int | None,
-    output_dir: str | None,
-    recursive: bool,
-    no_clobber: bool,
-    as_json: bool,
     max_pixels: int,
+    **options: Any,
 ) -> int:
-    """Decode .lic files as pictures. '-' is standard input or output."""
-    if output_dir is None:
+    """Decode .lic files as pictures.
+
+    '-' is standard input or output. With --output-dir, any number of files and folders; a folder stands for the
+    .lic files in it, and names keep their place in the tree.
+    """
+    run = _Files(**options)
+    run.check()
+    if run.output_dir is None:
         from lic.images import format_of_suffix
 
         def accepts(out: str) -> bool:
@@ -282,61 +361,42 @@ def decode(
             return chosen is not None and not out.lower().endswith(".lic")
 
         expected = f"end in .{', .'.join(_FORMATS)}, be '-' or come with --format and not end in .lic"
-        jobs = [_single_job(paths, recursive, accepts, expected)]
+        jobs = [_single_job(paths, accepts, expected)]
         chosen = format or format_of_suffix(jobs[0].target) or "png"
     else:
         chosen = format or "png"
-        jobs = batch.many(paths, output_dir, f".{chosen}", (".lic",), recursive=recursive)
+        jobs = batch.many(paths, run.output_dir, f".{chosen}", (".lic",), recursive=run.recursive)
+    from lic.work import Decode
 
-    def work(job: Job, codec: Codec, stdout: int | None) -> None:
-        from lic.images import picture_bytes
-
-        with _progress(jobs) as progress:
-            result = codec.decode_result(_read(job.source), max_pixels=max_pixels, progress=progress)
-        data = picture_bytes(result.rgb, chosen)
-        _write(job.target, data, stdout)
-        height, width = result.rgb.shape[:2]
-        facts = {
-            "input": job.source,
-            "output": job.target,
-            "width": width,
-            "height": height,
-            "bytes": len(data),
-            "device": codec.device,
-            "seconds": round(result.seconds, 3),
-            "symbols_sha256": result.symbols_sha256,
-        }
-        _say(facts, as_json, "{width}x{height} pixels, {seconds} s on {device}")
-
-    return _run_jobs(jobs, work, None, device, threads, output_dir, no_clobber)
+    return _run_jobs(Decode(format=chosen, max_pixels=max_pixels, device=device, threads=threads), jobs, run)
 
 
 @cli.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("names", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per file.")
 @verbosity_options
-def info(files: tuple[str, ...], as_json: bool) -> int:
+def info(names: tuple[str, ...], as_json: bool) -> int:
     """Show the header of .lic files and the size of every section."""
 
     def work(name: str) -> None:
         from lic.info import info_of
 
-        facts = info_of(_read(name))
+        facts = info_of(files.read(name))
         if as_json:
             click.echo(json.dumps({"file": name, **facts.as_dict()}))
         else:
-            click.echo(f"{name}:\n{facts.as_text()}" if len(files) > 1 else facts.as_text())
+            click.echo(f"{name}:\n{facts.as_text()}" if len(names) > 1 else facts.as_text())
 
-    return _for_each(files, work)
+    return _for_each(names, work)
 
 
 @cli.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("names", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per file on standard output.")
 @device_options
 @_max_pixels
 @verbosity_options
-def verify(files: tuple[str, ...], as_json: bool, device: str, threads: int | None, max_pixels: int) -> int:
+def verify(names: tuple[str, ...], as_json: bool, device: str, threads: int | None, max_pixels: int) -> int:
     """Decode .lic files in memory and check all checksums. Writes nothing."""
     from lic.api import Codec
 
@@ -347,10 +407,10 @@ def verify(files: tuple[str, ...], as_json: bool, device: str, threads: int | No
 
     def work(name: str) -> None:
         try:
-            result = codec.decode_result(_read(name), max_pixels=max_pixels)
+            result = codec.decode_result(files.read(name), max_pixels=max_pixels)
         except Exception as error:
             if as_json:
-                emit({"file": name, "ok": False, "problem": _line(error)})
+                emit({"file": name, "ok": False, "problem": failure_of(error).line})
             raise
         if as_json:
             emit({"file": name, "ok": True, "symbols_sha256": result.symbols_sha256})
@@ -358,7 +418,7 @@ def verify(files: tuple[str, ...], as_json: bool, device: str, threads: int | No
             click.echo(f"{name}: ok", err=True)
 
     with stdio.claimed_stdout() as stdout:
-        return _for_each(files, work)
+        return _for_each(names, work)
 
 
 @cli.command()
@@ -407,60 +467,76 @@ def doctor() -> int:
 # files
 
 
-def _single_job(paths: Sequence[str], recursive: bool, accepts: Callable[[str], bool], expected: str) -> Job:
+def _single_job(paths: Sequence[str], accepts: Callable[[str], bool], expected: str) -> Job:
     if len(paths) != 2:
         raise click.UsageError("give IN and OUT, or any number of IN with --output-dir DIR")
-    if recursive:
-        raise click.UsageError("-r goes with --output-dir")
     return batch.single(paths[0], paths[1], accepts, expected)
 
 
-def _run_jobs(
-    jobs: Sequence[Job],
-    work: Callable[[Job, Codec, int | None], None],
-    model: str | None,
-    device: str,
-    threads: int | None,
-    output_dir: str | None,
-    no_clobber: bool,
-) -> int:
-    """Do ``work`` for every job; the exit code.
-
-    Called when the arguments are known to be good, and checks the outputs. ``work`` gets the codec, which
-    imports torch at first use, and the descriptor of standard output where that is the output.
-    """
+def _run_jobs(operation: Operation, jobs: Sequence[Job], run: _Files) -> int:
+    """Do all jobs; the exit code. Called when the arguments are known to be good, and checks the outputs."""
     to_stdout = jobs[0].target == STDIO
     if to_stdout:
         stdio.check_stdout()
-    elif output_dir is None:
-        _check_target(jobs[0].target)
-    if no_clobber:
-        existing = {job for job in jobs if job.target != STDIO and os.path.lexists(job.target)}
+    if run.no_clobber:
+        existing = {job for job in jobs if job.target != STDIO and files.exists(job.target)}
         for job in jobs:
             if job in existing:
                 log.info("%s exists, left as it is", job.target)
         jobs = [job for job in jobs if job not in existing]
         if not jobs:
             return 0
+    batched = run.output_dir is not None
+    if run.output_dir is not None:
+        _check_output_dir(run.output_dir)
+    elif not to_stdout:
+        _check_target(jobs[0].target)
+    with (
+        stdio.claimed_stdout() as stdout,
+        Report(jobs, as_json=run.as_json, path=run.report, bar=batched) as report,
+    ):
+        if run.scheduler is not None:
+            from lic import cluster
 
-    from lic.api import DEFAULT_MODEL, Codec
+            cluster.run(operation, jobs, run.scheduler, report)
+        elif batched:
+            from lic import engine
 
-    codec = Codec(model or DEFAULT_MODEL, device, threads=threads)
-    with stdio.claimed_stdout() as stdout:
-        if output_dir is not None:
-            # Without the device or the model no file would succeed: fail once.
-            log.info("running on %s", codec.device)
-            if model is not None:
-                codec.load_encoder()
-        return _for_each(
-            jobs,
-            lambda job: work(job, codec, stdout if to_stdout else None),
-            name_of=lambda job: job.source,
-            batch=output_dir is not None,
-        )
+            engine.run(operation, jobs, run.jobs, report)
+        else:
+            return _run_single(operation, jobs[0], report, stdout)
+        return 1 if report.codes else 0
+
+
+def _run_single(operation: Operation, job: Job, report: Report, stdout: int) -> int:
+    from lic import work
+
+    try:
+        picture, size = work.load(operation, job)  # before torch is imported
+        with _progress() as progress:
+            codec = operation.codec()
+            result = operation.code(codec, picture, progress)
+        facts = work.save(operation, job, picture, size, result, codec.device, stdout)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        report(Outcome(job, failure=failure_of(error, job.source)))
+    else:
+        report(Outcome(job, facts))
+    return report.codes[0] if report.codes else 0
+
+
+def _check_output_dir(folder: str) -> None:
+    if files.is_url(folder):
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LicError(f"{folder}: permission denied")  # once, and not for every file
 
 
 def _check_target(target: str) -> None:
+    if files.is_url(target):
+        return
     path = Path(target)
     if path.is_dir():
         raise LicError(f"{target}: is a folder")
@@ -468,46 +544,36 @@ def _check_target(target: str) -> None:
         raise LicError(f"{target}: its folder does not exist")
 
 
-def _for_each(
-    items: Sequence[Any],
-    work: Callable[[Any], None],
-    *,
-    name_of: Callable[[Any], str] = str,
-    batch: bool = False,
-) -> int:
-    """Do ``work`` for every item and report each failure.
+def _for_each(names: Sequence[str], work: Callable[[str], None]) -> int:
+    """Do ``work`` for every file and report each failure.
 
-    Returns the exit code of the one item that there is; of several, or in a batch, 1 if any failed.
+    Returns the exit code of the one file that there is; of several 1 if any failed.
     """
     codes = []
     with contextlib.ExitStack() as stack:
         progress = None
-        if len(items) > 1 and _shows_progress():
+        if len(names) > 1 and shows_progress():
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
 
-            progress = stack.enter_context(tqdm(total=len(items), unit="file"))
+            progress = stack.enter_context(tqdm(total=len(names), unit="file"))
             stack.enter_context(logging_redirect_tqdm([log]))
-        for item in items:
+        for name in names:
             try:
-                work(item)
+                work(name)
             except Exception as error:
-                codes.append(_report(name_of(item), error))
+                codes.append(_report(name, error))
             if progress is not None:
                 progress.update()
-    if len(items) == 1 and not batch:
+    if len(names) == 1:
         return codes[0] if codes else 0
     return 1 if codes else 0
 
 
-def _shows_progress() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty() and log.isEnabledFor(logging.WARNING)
-
-
 @contextlib.contextmanager
-def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress callback for one picture, shown if it takes seconds; None where a bar counts files."""
-    if len(jobs) > 1 or not _shows_progress():
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A progress callback for one picture, shown if it takes seconds."""
+    if not shows_progress():
         yield None
         return
     from tqdm import tqdm
@@ -519,24 +585,3 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[int, int], None] | None
             bar.update(done - bar.n)
 
         yield update
-
-
-def _read(name: str) -> bytes:
-    return stdio.read_stdin() if name in stdio.INPUT_NAMES else Path(name).read_bytes()
-
-
-def _write(name: str, data: bytes, stdout: int | None) -> None:
-    if stdout is not None:
-        stdio.write_all(stdout, data)
-        return
-    from lic import atomic
-
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(name, data)
-
-
-def _say(facts: dict[str, Any], as_json: bool, summary: str) -> None:
-    if as_json:
-        click.echo(json.dumps(facts), err=True)
-    elif log.isEnabledFor(logging.INFO):
-        log.info("%s -> %s: %s", facts["input"], facts["output"], summary.format(**facts))

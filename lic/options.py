@@ -12,6 +12,8 @@ import click
 from lic.device import check_device
 from lic.errors import UsageError
 
+_OTHERS = "Messages and help"
+
 
 def set_up_logging(verbosity: int) -> None:
     """-1: errors only; 0: warnings; 1: what is done and with what; 2: tracebacks as well."""
@@ -26,6 +28,32 @@ def set_up_logging(verbosity: int) -> None:
         warnings.simplefilter("ignore")  # Python warnings of libraries mean nothing to a user
 
 
+class _Option(click.Option):
+    """An option that --help lists under the heading ``group``."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose --help lists options by group, in the order in which the groups first appear."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (row := parameter.get_help_record(ctx)) is not None:
+                groups.setdefault(getattr(parameter, "group", _OTHERS), []).append(row)
+        for group, rows in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(rows)
+
+
+def option(group: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """click.option under a heading of --help; see :class:`Command`."""
+    return click.option(*args, cls=_Option, group=group, **kwargs)
+
+
 def verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """-v, -vv and --quiet. They set the level of the logger; the command does not hear of them."""
 
@@ -33,20 +61,21 @@ def verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
         if value:
             set_up_logging(-1 if value is True else int(value))
 
-    function = click.option(
-        "--quiet", is_flag=True, expose_value=False, callback=apply, help="Errors only, no progress."
+    function = option(
+        _OTHERS, "--quiet", is_flag=True, expose_value=False, callback=apply, help="Errors only, no progress."
     )(function)
-    return click.option(
-        "-v", "--verbose", count=True, expose_value=False, callback=apply, help="Say more; -vv: tracebacks."
+    return option(
+        _OTHERS, "-v", "--verbose", count=True, expose_value=False, callback=apply, help="Say more; -vv: tracebacks."
     )(function)
 
 
 def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--device and --threads."""
-    function = click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads (default: torch's choice)."
+    function = option(
+        "Machine", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads (default: torch's choice)."
     )(function)
-    return click.option(
+    return option(
+        "Machine",
         "--device",
         default="auto",
         show_default=True,

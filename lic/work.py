@@ -1,0 +1,127 @@
+"""What encode and decode do with one file, in three stages, so that a batch reads and writes while it computes.
+
+``load`` makes something to code of a file's bytes, ``code`` runs the networks, ``save`` makes a file's bytes and the
+facts of the report. Only ``code`` needs the codec; the other two run in threads of their own. The operations are
+small values that go to other processes and machines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lic import files, stdio
+from lic.batch import STDIO, Job
+from lic.outcome import log
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lic.api import Codec, DecodeResult, EncodeResult
+
+Progress: TypeAlias = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Pictures to ``.lic`` files. The fields are the options of the command."""
+
+    quality: float
+    model: str
+    strip: bool
+    max_pixels: int
+    device: str
+    threads: int | None
+
+    def codec(self) -> Codec:
+        """With its model loaded. Raises LicError when the model or the device is not there."""
+        from lic.api import Codec
+
+        codec = Codec(self.model, self.device, threads=self.threads)
+        codec.load_encoder()
+        return codec
+
+    def load(self, name: str, data: bytes) -> Image.Image:
+        from lic import images
+
+        picture = images.picture_of(data, max_pixels=self.max_pixels)
+        if not self.strip and (dropped := images.metadata_of(picture)):
+            log.warning("%s: not stored by this version: %s", name, ", ".join(dropped))
+        return picture
+
+    def code(self, codec: Codec, picture: Image.Image, progress: Progress = None) -> EncodeResult:
+        return codec.encode_result(picture, self.quality, progress=progress)
+
+    def save(self, picture: Image.Image, result: EncodeResult) -> tuple[bytes, dict[str, Any]]:
+        return result.data, {
+            "width": picture.width,
+            "height": picture.height,
+            "bpp": round(8 * len(result.data) / (picture.width * picture.height), 4),
+            "estimated_bytes": round(result.estimated_bits / 8, 1),
+            "psnr": round(result.psnr, 2) if math.isfinite(result.psnr) else None,  # JSON has no infinity
+            "quality": self.quality,
+            "model": self.model,
+            "seconds": round(result.seconds, 3),
+            "symbols_sha256": result.symbols_sha256,
+        }
+
+
+@dataclass(frozen=True)
+class Decode:
+    """``.lic`` files to pictures. The fields are the options of the command."""
+
+    format: str
+    max_pixels: int
+    device: str
+    threads: int | None
+
+    def codec(self) -> Codec:
+        """For whatever models the files name."""
+        from lic.api import Codec
+
+        return Codec(device=self.device, threads=self.threads)
+
+    def load(self, name: str, data: bytes) -> bytes:
+        return data
+
+    def code(self, codec: Codec, data: bytes, progress: Progress = None) -> DecodeResult:
+        return codec.decode_result(data, max_pixels=self.max_pixels, progress=progress)
+
+    def save(self, data: bytes, result: DecodeResult) -> tuple[bytes, dict[str, Any]]:
+        from lic.images import picture_bytes
+        from lic.info import info_of
+
+        info = info_of(data)
+        return picture_bytes(result.rgb, self.format), {
+            "width": info.width,
+            "height": info.height,
+            "bpp": round(info.bpp, 4),
+            "quality": round(info.quality, 4),
+            "model": info.model,
+            "seconds": round(result.seconds, 3),
+            "symbols_sha256": result.symbols_sha256,
+        }
+
+
+Operation: TypeAlias = Encode | Decode
+
+
+def load(operation: Operation, job: Job) -> tuple[Any, int]:
+    """The first stage of a job: what there is to code, and the size of the file it came from."""
+    data = files.read(job.source)
+    return operation.load(job.source, data), len(data)
+
+
+def save(
+    operation: Operation, job: Job, loaded: Any, size: int, result: Any, device: str, stdout: int | None = None
+) -> dict[str, Any]:
+    """The last stage: writes the output, to the descriptor ``stdout`` where that is the target; the facts."""
+    data, facts = operation.save(loaded, result)
+    if job.target == STDIO:
+        assert stdout is not None
+        stdio.write_all(stdout, data)
+    else:
+        files.write(job.target, data)
+    return {**facts, "bytes_in": size, "bytes_out": len(data), "device": device}
