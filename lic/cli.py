@@ -46,6 +46,13 @@ _LAZY_COMMANDS = {
 class _Group(click.Group):
     """A group whose further commands are imported when they are called, not to be listed in --help."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # here, or click prints an empty line first
+            log.error("interrupted")
+            return INTERRUPTED
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *_LAZY_COMMANDS]
 

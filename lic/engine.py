@@ -122,6 +122,7 @@ class _Workers:
         # A fresh interpreter: torch's threads do not survive a fork.
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
+        self._suspects: set[Job] = set()  # those that a worker had when it died; each is then done alone
         self._processes = processes
 
     def run(self) -> None:
@@ -164,12 +165,15 @@ class _Workers:
 
     def _send(self, worker: _Worker) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which the next wait tells
-            while worker.ready and self._waiting and len(worker.jobs) < self._WINDOW:
+            while worker.ready and self._waiting and len(worker.jobs) < self._window(worker):
                 job = self._waiting.popleft()
                 worker.jobs.append(job)
                 worker.connection.send(job)
             if worker.ready and not self._waiting and not worker.jobs:
                 worker.connection.send(None)
+
+    def _window(self, worker: _Worker) -> int:
+        return self._WINDOW if self._suspects.isdisjoint([self._waiting[0], *worker.jobs]) else 1
 
     def _ended(self, worker: _Worker) -> None:
         """A worker closed its pipe: it had nothing left to do, or was killed, say for its memory."""
@@ -179,11 +183,12 @@ class _Workers:
         code = worker.process.exitcode
         if not worker.ready:
             raise LicError(f"a worker process ended with {code} while it started")
-        if worker.jobs:
-            # Jobs are done in order, so the first one was most likely at work. The others get another chance.
-            why = "killed, perhaps for want of memory" if code == -9 else f"ended with {code}"
-            self._done(Outcome(worker.jobs[0], failure=Failure(f"its worker process was {why}", 1, "")))
-            self._waiting.extendleft(reversed(worker.jobs[1:]))
+        if len(worker.jobs) == 1:
+            why = "was killed, perhaps for want of memory" if code == -9 else f"ended with {code}"
+            self._done(Outcome(worker.jobs[0], failure=Failure(f"its worker process {why}", 1, "")))
+        else:
+            self._suspects.update(worker.jobs)
+            self._waiting.extendleft(reversed(worker.jobs))
         if self._waiting and len(self._workers) < self._processes:
             self._start()
 

@@ -42,7 +42,7 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            if (row := parameter.get_help_record(ctx)) is not None:
+            if isinstance(parameter, click.Option) and (row := parameter.get_help_record(ctx)) is not None:
                 groups.setdefault(getattr(parameter, "group", _OTHERS), []).append(row)
         for group, rows in groups.items():
             with formatter.section(group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -85,6 +86,7 @@ class Report:
         self._lock = threading.Lock()
         self._stack = contextlib.ExitStack()
         self._file: int | None = None
+        self._path = path
         self._bar: tqdm[Any] | None = None
         if path is not None:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -118,7 +120,7 @@ class Report:
             if self._as_json:
                 self._print(line)
             if self._file is not None:
-                _append(self._file, f"{line}\n".encode())
+                self._append(self._file, f"{line}\n".encode())
             self._advance(facts)
 
     def _print(self, line: str) -> None:
@@ -126,6 +128,14 @@ class Report:
             click.echo(line, err=True)
         else:
             self._bar.write(line, file=sys.stderr)
+
+    def _append(self, file: int, line: bytes) -> None:
+        try:
+            written = os.write(file, line)  # at once: lines of several batches that share a report stay whole
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._path) from None
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
 
     def _advance(self, facts: dict[str, Any]) -> None:
         if self._bar is None:
@@ -135,12 +145,6 @@ class Report:
         failed = f", {len(self.codes)} failed" if self.codes else ""
         self._bar.set_postfix_str("{} -> {}{}".format(*map(_megabytes, self._bytes), failed), refresh=False)
         self._bar.update()
-
-
-def _append(descriptor: int, data: bytes) -> None:
-    """One write: lines of several batches that share a report stay whole."""
-    if os.write(descriptor, data) < len(data):
-        raise OSError("the report is cut short: no space left")
 
 
 def _summary(facts: dict[str, Any]) -> str:

@@ -124,4 +124,4 @@ def save(
         stdio.write_all(stdout, data)
     else:
         files.write(job.target, data)
-    return {**facts, "bytes_in": size, "bytes_out": len(data), "device": device}
+    return {"bytes_in": size, "bytes_out": len(data), **facts, "device": device}
