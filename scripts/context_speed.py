@@ -27,24 +27,23 @@ def main(model: str, size: str, threads: int, repeat: int) -> None:
     config, context = net.config, net.context
     geometry = Geometry(1, height, width)
     torch.manual_seed(0)
-    psi = torch.randn(1, height, width, config.psi)
+    code = torch.tensor([22_500])
+    z = torch.round(torch.randn(1, height // 4, width // 4, config.hyper_latent))
+    psi, unit = net.h_s(z, code), net.unit(code)
     y = torch.round(torch.randn(1, height, width, config.latent))
-    code = torch.tensor([22_500.0])
-    unit = net.unit(code)
 
     def cached() -> torch.Tensor:
         state = context.start(psi, geometry, code, unit)
         means = torch.zeros_like(y)
         for step in range(context.schedule.steps(geometry)):
-            mean, _ = context.predict(state, step)
-            context.schedule.put(means, step, mean)
+            context.schedule.put(means, step, context.predict(state, step).mean)
             state = context.observe(state, step, context.schedule.take(y, step))
         return means
 
     def recomputed() -> torch.Tensor:
         known, means = torch.zeros_like(y), torch.zeros_like(y)
         for step in range(context.schedule.steps(geometry)):
-            mean, _ = context.teacher(psi, known, code, unit)
+            mean = context.teacher(psi, known, code, unit).mean
             context.schedule.put(means, step, context.schedule.take(mean, step))
             context.schedule.put(known, step, context.schedule.take(y, step))
         return means

@@ -5,44 +5,56 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lic.exact import Fixed
+from lic.model.codec import CodecModel
 from lic.model.config import CONFIGS
-from lic.model.context import SYSTEMS, Geometry, make_context
+from lic.model.context import SYSTEMS, Geometry, Unit, make_context
 
 GEOMETRY = Geometry(2, 12, 20)  # 6 x 10 cells: more than one window each way, and not a multiple of it
 
 
-def random_context(system: str):
-    """A context model with random weights in all its layers, and inputs for it, in float64."""
+def random_context(system: str, exact: bool):
+    """A context model with random weights in all its layers, and inputs for it; in float64 unless exact."""
     torch.manual_seed(3)
     config = CONFIGS["tiny"]
     assert config.system == system
-    context = make_context(config).double().eval().requires_grad_(False)
-    for parameter in context.parameters():
+    net = CodecModel(config).eval().requires_grad_(False)
+    for parameter in [*net.context.parameters(), *net.h_s.parameters()]:
         parameter.add_(torch.randn_like(parameter) * 0.1)
+    net.sigma.copy_(torch.rand(config.latent) / 100 + 0.01)
     shape = (GEOMETRY.batch, GEOMETRY.height, GEOMETRY.width)
-    psi = torch.randn(*shape, config.psi, dtype=torch.float64)
-    y_hat = torch.round(torch.randn(*shape, config.latent, dtype=torch.float64) * 3)
-    code = torch.tensor([1000.0, 40000.0])
-    unit = torch.rand(GEOMETRY.batch, config.latent, dtype=torch.float64) + 0.5
-    return context, psi, y_hat, code, unit
+    z = torch.round(torch.randn(shape[0], shape[1] // 4, shape[2] // 4, config.hyper_latent) * 3)
+    y_hat = torch.round(torch.randn(*shape, config.latent) * 3)
+    code = torch.tensor([1000, 40000])
+    if exact:
+        with net.calibration():
+            net.predict(z, y_hat, code)
+        net.freeze()
+        return net.context, net.h_s(z, code), y_hat, code, net.unit(code)
+    psi = Fixed(torch.randn(*shape, config.psi, dtype=torch.float64))
+    unit = Unit.real(torch.rand(GEOMETRY.batch, config.latent, dtype=torch.float64) + 0.5)
+    return net.context.double(), psi, y_hat.double(), code, unit
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_steps_with_cache_equal_teacher(system: str) -> None:
-    context, psi, y_hat, code, unit = random_context(system)
-    mean, log_scale = context.teacher(psi, y_hat, code, unit)
+def test_steps_with_cache_equal_teacher(system: str, exact: bool) -> None:
+    context, psi, y_hat, code, unit = random_context(system, exact)
+    whole = context.teacher(psi, y_hat, code, unit)
     state = context.start(psi, GEOMETRY, code, unit)
     for step in range(context.schedule.steps(GEOMETRY)):
-        step_mean, step_log_scale = context.predict(state, step)
-        # In floating point the order of sums differs with the shapes.
-        torch.testing.assert_close(step_mean, context.schedule.take(mean, step), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(step_log_scale, context.schedule.take(log_scale, step), atol=1e-5, rtol=1e-5)
+        for got, all_of_it in zip(context.predict(state, step), whole, strict=True):
+            expected = context.schedule.take(all_of_it, step)
+            if exact:
+                assert torch.equal(got, expected)
+            else:  # in floating point the order of sums differs with the shapes
+                torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         state = context.observe(state, step, context.schedule.take(y_hat, step))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_later_symbols_never_reach_earlier_parameters(system: str) -> None:
-    context, psi, y_hat, code, unit = random_context(system)
+    context, psi, y_hat, code, unit = random_context(system, exact=True)
     before = context.teacher(psi, y_hat, code, unit)
     steps = context.schedule.steps(GEOMETRY)
     reached = 0
@@ -76,11 +88,12 @@ def test_schedule_covers_every_latent_once(system: str) -> None:
 
 
 def test_state_shapes_are_as_listed() -> None:
-    context, psi, _, code, unit = random_context("groupedmixer")
+    context, psi, _, code, unit = random_context("groupedmixer", exact=True)
     config = CONFIGS["tiny"]
     state = context.start(psi, GEOMETRY, code, unit)
     context.predict(state, 0)
     groups = 4 * len(config.slices)
     cells = (GEOMETRY.batch, GEOMETRY.height // 2, GEOMETRY.width // 2, groups)
     assert state.tokens.shape == (*cells, config.context_width)
-    assert [c.shape for c in state.cache] == [(*cells, 2 * config.context_width)] * config.context_mixers
+    for cache in (state.keys, state.values):
+        assert [c.shape for c in cache] == [(*cells, config.context_width)] * config.context_mixers

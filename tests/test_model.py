@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lic.model.codec import MIN_SCALE, CodecModel, bounded_scale, expected_offset, gaussian_bits, round_for_rate
+from lic.exact import Fixed, attend
+from lic.model.codec import MIN_SCALE, CodecModel, expected_offset, gaussian_bits, round_for_rate
 from lic.model.complexity import kmac_per_pixel
 from lic.model.config import CONFIGS, Config
-from lic.model.layers import attend, depth_to_space, space_to_depth
+from lic.model.context import Prediction
+from lic.model.layers import depth_to_space, space_to_depth
 from lic.model.transforms import LappedShortcut, lapped_basis
 from lic.quality import MAX_CODE, code_of, step_of
 
@@ -101,18 +103,21 @@ def test_rounding_for_rate_never_costs_more() -> None:
 
 
 def test_scale_bound_lets_gradients_raise_but_not_lower() -> None:
-    log_scale = torch.full((2,), -9.0, requires_grad=True)
-    scale = bounded_scale(log_scale)
+    index = torch.full((2,), -9.0, requires_grad=True)
+    scale = Prediction(torch.zeros(2), index).scale
     torch.testing.assert_close(scale.detach(), torch.full((2,), MIN_SCALE))
     (scale * torch.tensor([1.0, -1.0])).sum().backward()
-    assert log_scale.grad is not None
-    assert log_scale.grad[0] == 0 and log_scale.grad[1] < 0
+    assert index.grad is not None
+    assert index.grad[0] == 0 and index.grad[1] < 0
 
 
-def test_attention_ignores_masked_keys() -> None:
-    q, k, v = torch.randn(3, 2, 5, 8).unbind(0)
-    mask = torch.tensor([True, True, False, True, False])
-    torch.testing.assert_close(attend(q, k, v, mask=mask), attend(q, k[:, mask], v[:, mask]))
+@pytest.mark.parametrize("exact", [True, False])
+def test_attention_ignores_masked_keys(exact: bool) -> None:
+    q, k, v = (Fixed(x, 5, 511) for x in torch.randint(-200, 201, (3, 2, 5, 8)).float().unbind(0))
+    mask, bias = torch.tensor([True, True, False, True, False]), torch.zeros(5, 5)
+    some_k, some_v = k._replace(x=k.x[:, mask]), v._replace(x=v.x[:, mask])
+    masked = attend(q, k, v, bias, mask, exact)
+    torch.testing.assert_close(masked.x, attend(q, some_k, some_v, bias[:, mask], None, exact).x)
 
 
 def test_hyper_prior_is_a_distribution_and_matches_its_bits() -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lic.coder import SCALES
+from lic.exact import Depthwise, Grid, Linear, QualityTable, freeze, interpolate, round_ste
+from lic.exact.tables import EXP2_INDEX_BITS
 from lic.model.config import Config
-from lic.model.context import make_context
-from lic.model.context.base import features
+from lic.model.context import Prediction, Unit, make_context
+from lic.model.context.base import INDEX_BITS, LOG_SCALE_0, LOG_SCALE_STEP
 from lic.model.hyperprior import HyperAnalysis, HyperPrior, HyperSynthesis
-from lic.model.layers import QualityTable, lower_bound, round_ste
+from lic.model.layers import lower_bound
 from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
-MIN_SCALE, MAX_SCALE = float(SCALES[0]), float(SCALES[-1])  # of the tables, in quantiser steps
+MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 
 
 @dataclass
@@ -47,6 +51,68 @@ class CodecModel(nn.Module):
         self.log_gain = QualityTable(config.knots, config.latent)
         self.log_igain = QualityTable(config.knots, config.latent)
         self.register_buffer("sigma", torch.ones(config.latent))  # of the shortcut's latents
+        self.unit_tables: tuple[Tensor, Tensor] | None = None  # those of a weights file; made anew in training
+
+    @property
+    def exact(self) -> bool:
+        """Whether the entropy path (h_s and the context model) computes on integers."""
+        return self.context.answer.exact
+
+    def set_exact(self, exact: bool) -> None:
+        for grid in self.grids().values():
+            grid.exact = exact
+
+    def grids(self) -> dict[str, Grid]:
+        """Those of the entropy path, by name."""
+        parts = (("h_s", self.h_s), ("context", self.context))
+        return {f"{part}.{k}": g for part, net in parts for k, g in net.named_modules() if isinstance(g, Grid)}
+
+    def grid_bits(self) -> dict[str, int]:
+        """Fraction bits of every grid."""
+        return {name: grid.bits for name, grid in self.grids().items()}
+
+    def set_grid_bits(self, bits: dict[str, int]) -> None:
+        """Raises ValueError if they are not those of this network's grids."""
+        grids = self.grids()
+        if set(grids) != set(bits):
+            raise ValueError("the units of activations are not those of the network")
+        for name, grid in grids.items():
+            grid.bits = bits[name]
+
+    def exact_layers(self) -> dict[str, Linear | Depthwise]:
+        """The layers with weights of the entropy path, by name."""
+        parts = (("h_s", self.h_s), ("context", self.context))
+        layers = ((f"{part}.{k}", m) for part, net in parts for k, m in net.named_modules())
+        return {k: m for k, m in layers if isinstance(m, Linear | Depthwise)}
+
+    def visit(self) -> None:
+        """Compute the smallest picture, so that every layer of the entropy path sees the units that it works in.
+
+        Raises ValueError if frozen weights break a certificate.
+        """
+        device = self.sigma.device
+        z = torch.zeros(1, 1, 1, self.config.hyper_latent, device=device)
+        self.predict(z, torch.zeros(1, 4, 4, self.config.latent, device=device), torch.zeros(1, device=device))
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Make the rounded weights and units of the calibrated exact path final."""
+        self.set_exact(True)
+        self.unit_tables = self.make_unit_tables()
+        with freeze():
+            self.visit()
+
+    @contextlib.contextmanager
+    def calibration(self) -> Iterator[None]:
+        """Choose the units of the exact path from what passes through it, in floating point, inside the block."""
+        self.set_exact(False)
+        grids = self.grids().values()
+        for grid in grids:
+            grid.observing, grid.largest = True, 0.0
+        yield
+        for grid in grids:
+            grid.observing = False
+            grid.fit()
 
     def gain(self, code: Tensor) -> Tensor:
         """Quantiser steps per pixel unit, (B, M), for codes (B,): λ's theoretical step times a learned factor."""
@@ -56,9 +122,25 @@ class CodecModel(nn.Module):
         """Pixel units per quantiser step at the decoder, (B, M)."""
         return torch.exp(self.log_igain(code)) / self.gain(code)
 
-    def unit(self, code: Tensor) -> Tensor:
+    def unit(self, code: Tensor) -> Unit:
         """Quantiser steps per standard deviation of each channel, (B, M); a constant to the entropy path."""
-        return (self.gain(code) * self.sigma).detach()
+        if not self.exact:
+            return Unit.real((self.gain(code) * self.sigma).detach())
+        log2, index = self.unit_tables or self.make_unit_tables()
+        spacing = self.log_gain.spacing
+        return Unit.integer(interpolate(log2, code, spacing), interpolate(index, code, spacing))
+
+    @torch.no_grad()
+    def make_unit_tables(self) -> tuple[Tensor, Tensor]:
+        """The unit at each knot of log_gain, (knots, M), as integers: 4096·log2, and Unit.scale_index.
+
+        The logarithm of the unit is linear between knots, as are those of the gain and of the theoretical step.
+        """
+        code = torch.arange(len(self.log_gain.table), device=self.sigma.device) * self.log_gain.spacing
+        log = self.log_gain.table.double() - torch.log(_step(code).double() / 255).unsqueeze(-1)
+        log = log + torch.log(self.sigma.double())
+        index = (log - LOG_SCALE_0) * (2**INDEX_BITS / LOG_SCALE_STEP)
+        return torch.round(log * (2**EXP2_INDEX_BITS / math.log(2))), torch.round(index)
 
     def analysis(self, x: Tensor, code: Tensor) -> Tensor:
         """Latents in quantiser steps, not rounded."""
@@ -73,7 +155,7 @@ class CodecModel(nn.Module):
 
     def hyper_analysis(self, y: Tensor, code: Tensor) -> Tensor:
         """z, not rounded, from unrounded latents in quantiser steps."""
-        return self.h_a(features(y, self.unit(code)[:, None, None]), code)
+        return self.h_a(Unit.real((self.gain(code) * self.sigma).detach()[:, None, None]).features(y).x, code)
 
     def distortion_weight(self, code: Tensor) -> Tensor:
         """Bits that a squared error of one quantiser step is worth, (B, M): λ/3·(255·igain)².
@@ -81,6 +163,11 @@ class CodecModel(nn.Module):
         Exact for an orthonormal synthesis; the MSE is a mean over three channels.
         """
         return lambda_of(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
+
+    def predict(self, z: Tensor, y_hat: Tensor, code: Tensor) -> Prediction:
+        """What rounded latents y_hat (B, h, w, M) are coded with, given integer z: all steps at once."""
+        with torch.autocast(z.device.type, enabled=torch.is_autocast_enabled(z.device.type) and not self.exact):
+            return self.context.teacher(self.h_s(z, code), y_hat, code, self.unit(code))
 
     def forward(
         self, x: Tensor, code: Tensor, *, frozen_latents: bool = False, optimised_rounding: bool = False
@@ -99,14 +186,13 @@ class CodecModel(nn.Module):
         y_hat = round_ste(y)
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))
-        psi = self.h_s(round_ste(z), code)
         if optimised_rounding:
             with torch.no_grad():
-                mean, log_scale = self.context.teacher(psi, y_hat, code, self.unit(code))
+                p = self.predict(torch.round(z), y_hat, code)
                 weight = self.distortion_weight(code)[:, None, None]
-                y_hat = round_for_rate(y, mean, bounded_scale(log_scale), weight)
-        mean, log_scale = self.context.teacher(psi, y_hat, code, self.unit(code))
-        scale = bounded_scale(log_scale)
+                y_hat = round_for_rate(y, p.mean, p.scale, weight)
+        p = self.predict(round_ste(z), y_hat, code)
+        mean, scale = p.mean, p.scale
         y_bits = gaussian_bits(y_hat.detach(), mean, scale)
         if not frozen_latents:
             y_bits = y_bits + _gradient_only(gaussian_bits(_noisy(y), mean.detach(), scale.detach()))
@@ -131,12 +217,6 @@ def _noisy(x: Tensor) -> Tensor:
 def _gradient_only(x: Tensor) -> Tensor:
     """Zero, with the gradient of x."""
     return x - x.detach()
-
-
-def bounded_scale(log_scale: Tensor) -> Tensor:
-    """Scale in quantiser steps, kept in the range of the tables."""
-    low, high = math.log(MIN_SCALE), math.log(MAX_SCALE)
-    return torch.exp(lower_bound(log_scale, low).clamp(max=high))
 
 
 def gaussian_bits(y: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

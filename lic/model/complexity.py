@@ -19,8 +19,8 @@ def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict
         x = torch.zeros(1, height, width, 3)
         y = torch.zeros(1, height // DOWNSAMPLING, width // DOWNSAMPLING, config.latent)
         z = torch.zeros(1, height // HYPER_DOWNSAMPLING, width // HYPER_DOWNSAMPLING, config.hyper_latent)
-        psi = torch.zeros(*y.shape[:3], config.psi)
-        code, unit = torch.zeros(1), torch.ones(1, config.latent)
+        code = torch.zeros(1)
+        psi, unit = net.h_s(z, code), net.unit(code)
 
         def count(part: Callable[[], Any]) -> float:
             with FlopCounterMode(display=False) as counter:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lic.exact import Fixed, Grid, Linear, QualityTable
 from lic.model.config import Config
-from lic.model.layers import PlainResidual, QualityTable, depth_to_space, leaky, space_to_depth
+from lic.model.layers import NARROW, WIDE, PlainResidual, depth_to_space, leaky, space_to_depth
 from lic.quality import MAX_CODE
 
 Z_LIMIT = 63  # |z| is clamped to it
@@ -27,12 +28,16 @@ class HyperAnalysis(nn.Module):
         self.down64 = nn.Linear(4 * width, width)
         self.block64 = PlainResidual(width)
         self.last = nn.Linear(width, config.hyper_latent)
+        self.floating = Grid(WIDE)  # the encoder's half is never exact
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         x = self.first(x) + self.quality(code)[:, None, None].to(x.dtype)
-        x = self.down32(space_to_depth(leaky(self.block16(x)), 2))
-        x = self.down64(space_to_depth(leaky(self.block32(x)), 2))
-        return (Z_GAIN * self.last(leaky(self.block64(x))).float()).clamp(-Z_LIMIT, Z_LIMIT)
+        x = self.down32(space_to_depth(leaky(self._block(self.block16, x)), 2))
+        x = self.down64(space_to_depth(leaky(self._block(self.block32, x)), 2))
+        return (Z_GAIN * self.last(leaky(self._block(self.block64, x))).float()).clamp(-Z_LIMIT, Z_LIMIT)
+
+    def _block(self, block: PlainResidual, x: Tensor) -> Tensor:
+        return block(Fixed(x), self.floating).x
 
 
 class HyperSynthesis(nn.Module):
@@ -42,20 +47,29 @@ class HyperSynthesis(nn.Module):
         super().__init__()
         width = config.hyper_width
         half = width // 2
-        self.first = nn.Linear(config.hyper_latent, width)
+        self.first = Linear(config.hyper_latent, width)
         self.quality = QualityTable(config.knots, width)
         self.block64 = PlainResidual(width)
-        self.up32 = nn.Linear(width, 4 * width)
+        self.up32 = Linear(width, 4 * width)
         self.block32 = PlainResidual(width)
-        self.up16 = nn.Linear(width, 4 * half)
+        self.up16 = Linear(width, 4 * half)
         self.block16 = PlainResidual(half)
-        self.last = nn.Linear(half, config.psi)
+        self.last = Linear(half, config.psi)
+        self.wide64, self.wide32, self.wide16 = (Grid(WIDE) for _ in range(3))
+        self.narrow64, self.narrow32, self.narrow16 = (Grid(NARROW) for _ in range(3))
+        self.psi = Grid(NARROW)
 
-    def forward(self, z: Tensor, code: Tensor) -> Tensor:
-        x = self.first(z) + self.quality(code)[:, None, None].to(z.dtype)
-        x = depth_to_space(self.up32(self.block64(x)), 2)
-        x = depth_to_space(self.up16(self.block32(x)), 2)
-        return self.last(self.block16(x))
+    def forward(self, z: Tensor, code: Tensor) -> Fixed:
+        x = self.first(Fixed(z, 0, Z_LIMIT), self.wide64)
+        quality = self.quality.fixed(code, self.wide64)
+        x = self.wide64.add(x, quality._replace(x=quality.x[:, None, None]))
+        x = _doubled(self.up32(self.narrow64(self.block64(x, self.wide64)), self.wide32))
+        x = _doubled(self.up16(self.narrow32(self.block32(x, self.wide32)), self.wide16))
+        return self.last(self.narrow16(self.block16(x, self.wide16)), self.psi)
+
+
+def _doubled(v: Fixed) -> Fixed:
+    return v._replace(x=depth_to_space(v.x, 2))
 
 
 class HyperPrior(nn.Module):

@@ -1,7 +1,6 @@
 """Building blocks. Tensors are channels-last, (B, H, W, C), so that a 1x1 convolution is one matrix product.
 
-The entropy path (h_s and the context model) uses only layers with an exact integer twin: Linear, Depthwise,
-sums, LeakyReLU(1/8), tables, and the attention of :func:`attend`. The transforms may use anything.
+The entropy path (h_s and the context model) uses only the layers of `lic.exact`. The transforms may use anything.
 """
 
 from __future__ import annotations
@@ -10,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lic.quality import MAX_CODE
+from lic import exact
+from lic.exact import Fixed, Grid, Linear
+
+NARROW = 1023  # limit of what enters a matrix product: 11 bits
+WIDE = 32767  # limit of residual sums: 16 bits
 
 
 def space_to_depth(x: Tensor, r: int) -> Tensor:
@@ -48,25 +51,7 @@ def depthwise(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def leaky(x: Tensor) -> Tensor:
-    """LeakyReLU(1/8): an integer shift in the exact path."""
-    return F.leaky_relu(x, 0.125)
-
-
-class QualityTable(nn.Module):
-    """A vector per quality: linear interpolation between knots that are equally spaced in the quality code."""
-
-    def __init__(self, knots: int, width: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(knots, width))
-
-    def forward(self, code: Tensor) -> Tensor:
-        """code (B,) float, 0..MAX_CODE -> (B, width) float32."""
-        knots = self.table.shape[0]
-        position = code.float() * ((knots - 1) / MAX_CODE)
-        left = position.floor().clamp(0, knots - 2).long()
-        t = (position - left).unsqueeze(-1)
-        table = self.table.float()
-        return torch.lerp(table[left], table[left + 1], t)
+    return F.leaky_relu(x, exact.SLOPE)
 
 
 class Residual(nn.Module):
@@ -97,48 +82,40 @@ class PlainResidual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(width, width)
-        self.spatial = Depthwise(width)
-        self.outer = nn.Linear(width, width)
+        self.narrow, self.hidden, self.mixed = (Grid(NARROW) for _ in range(3))
+        self.inner = Linear(width, width)
+        self.spatial = exact.Depthwise(width)
+        nn.init.normal_(self.spatial.weight, std=0.1)
+        self.spatial.weight.data[1, 1] += 1
+        self.outer = near_zero(Linear(width, width))
         self.feed = FeedForward(width)
-        nn.init.normal_(self.outer.weight, std=0.1 * width**-0.5)
-        nn.init.zeros_(self.outer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.outer(self.spatial(leaky(self.inner(x))))
-        return x + self.feed(x)
+    def forward(self, v: Fixed, wide: Grid) -> Fixed:
+        """v (B, H, W, C) on the grid ``wide`` of the residual sum, and so the result."""
+        x = self.inner(self.narrow(v), self.hidden, leaky=True)
+        v = wide.add(v, self.outer(self.spatial(x, self.mixed), wide))
+        return self.feed(v, wide)
 
 
 class FeedForward(nn.Module):
-    """C -> 2C -> C with LeakyReLU(1/8), starting near zero."""
+    """v + (C -> 2C -> C with LeakyReLU(1/8)), starting near zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(width, 2 * width)
-        self.reduce = nn.Linear(2 * width, width)
-        nn.init.normal_(self.reduce.weight, std=0.1 * (2 * width) ** -0.5)
-        nn.init.zeros_(self.reduce.bias)
+        self.narrow, self.hidden = Grid(NARROW), Grid(NARROW)
+        self.expand = Linear(width, 2 * width)
+        self.reduce = near_zero(Linear(2 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.reduce(leaky(self.expand(x)))
+    def forward(self, v: Fixed, wide: Grid) -> Fixed:
+        """v (..., C) on the grid ``wide`` of the residual sum, and so the result."""
+        return wide.add(v, self.reduce(self.expand(self.narrow(v), self.hidden, leaky=True), wide))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """Attention in the form that has an integer twin: logits are clamped to 10 below their maximum.
-
-    q (..., Q, D), k and v (..., K, D); bias is added to the logits (..., Q, K); mask is True at keys that take
-    part. Returns (..., Q, D).
-    """
-    logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits + bias
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    logits = logits - logits.amax(dim=-1, keepdim=True).detach()
-    clamped = logits.clamp(min=-10)
-    if mask is not None:
-        clamped = clamped.masked_fill(~mask, -torch.inf)
-    return torch.softmax(clamped, dim=-1).to(v.dtype) @ v
+def near_zero(layer: Linear) -> Linear:
+    """A layer that ends a residual branch: a fresh branch adds little."""
+    nn.init.normal_(layer.weight, std=0.1 * layer.in_features**-0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:
@@ -157,8 +134,3 @@ class _LowerBound(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         return torch.where((x >= ctx.bound) | (grad < 0), grad, torch.zeros_like(grad)), None
-
-
-def round_ste(x: Tensor) -> Tensor:
-    """Rounding with the gradient of the identity."""
-    return x + (x.round() - x).detach()

@@ -1,11 +1,12 @@
 """Weights files: one safetensors file a model, with configuration, tables, identities and provenance inside.
 
-Listing models never imports torch. A file holds 8-bit rows with a float scale for the matrices of the networks, 16-bit
-floats for the shortcut, 32-bit floats for the rest, and the integer tables.
+Listing models never imports torch. A file holds, for the matrices of the exact entropy path, 8-bit integers with a
+power of two for each row; for those of the other networks 8-bit rows with a float scale; 16-bit floats for the
+shortcut, 32-bit floats for the rest, and the integer tables.
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
-on: configuration, the tensors of h_s, the context model and the gains, and the tables. The *synthesis identity*
-(2 bytes) covers what pixels depend on besides: g_s, the shortcut and the decoder's gains.
+on: configuration, units of the activations, the arrays of h_s and of the context model, and the tables. The *synthesis
+identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut and the gains.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from lic.model.codec import CodecModel
 
 SUFFIX = ".safetensors"
-ENTROPY_PARTS = ("h_s", "context", "log_gain", "sigma")
-SYNTHESIS_PARTS = ("shortcut", "g_s", "log_igain")
-REVISION = 1  # of what the code computes from the same arrays: raised whenever that changes
-NETWORKS = ("g_a", "g_s", "h_a", "h_s", "context")
+EXACT_PARTS = ("h_s", "context")
+ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables")
+SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain")
+REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
+NETWORKS = ("g_a", "g_s", "h_a")
+SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class ModelInfo:
     entropy_id: bytes
     synthesis_id: bytes
     config: dict[str, Any]
+    grids: dict[str, int]  # fraction bits of the activations of the exact path
     parameters: int
     kmac: dict[str, float]  # thousand multiply-adds per pixel of each part, and of the whole decoder
     rate_range: tuple[float, float] | None  # bits per pixel at quality 0 and 100, Kodak average
@@ -101,6 +105,7 @@ def read_info(path: Path) -> ModelInfo:
             entropy_id=bytes.fromhex(meta["entropy_id"]),
             synthesis_id=bytes.fromhex(meta["synthesis_id"]),
             config=meta["config"],
+            grids=meta["grids"],
             parameters=meta["parameters"],
             kmac=meta["kmac"],
             rate_range=tuple(rate_range) if rate_range else None,
@@ -148,40 +153,55 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
             kind: Tables.from_arrays({k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"tables.{kind}.")})
             for kind in ("y", "z")
         }
-        if identities(info.config, arrays) != (info.entropy_id, info.synthesis_id):
+        if identities(info.config, info.grids, arrays) != (info.entropy_id, info.synthesis_id):
             raise ValueError("its contents do not match its identity")
-        net = _network(info.config, arrays)
+        net = _network(info, arrays, device)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         raise UnsupportedError(f"{info.path}: damaged or incompatible weights: {error}") from error
-    return LoadedModel(info, net.to(device).eval().requires_grad_(False), tables["y"], tables["z"], device)
+    return LoadedModel(info, net, tables["y"], tables["z"], device)
 
 
-def _network(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> CodecModel:
+def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> CodecModel:
+    """The network, exact, with its certificates checked. Raises ValueError, KeyError or RuntimeError."""
     import torch
 
+    from lic import exact
     from lic.model.codec import CodecModel
 
-    net = CodecModel(Config.from_json(config))
+    net = CodecModel(Config.from_json(info.config))
     state = {}
     for name, value in arrays.items():
-        if name.startswith("tables.") or name.endswith(".row_scale"):
+        if name.partition(".")[0] in ("tables", "units") or name.endswith((SCALE, EXPONENT)):
             continue
         full = value.astype(np.float32)
-        if value.dtype == np.int8:
-            full = full * arrays[name + ".row_scale"].astype(np.float32)[:, None]
+        if name + SCALE in arrays:
+            full = full * arrays[name + SCALE].astype(np.float32)[:, None]
+        elif name + EXPONENT in arrays:
+            full = _scaled(full, -arrays[name + EXPONENT].astype(np.int32))
         state[name] = torch.from_numpy(full)
     net.load_state_dict(state)
-    return net
+    for name, layer in net.exact_layers().items():
+        layer.exponent = torch.from_numpy(arrays[f"{name}.weight{EXPONENT}"])
+    net.set_grid_bits(info.grids)
+    log2, index = (torch.from_numpy(arrays[f"units.{name}"]) for name in ("log2", "index"))
+    net.unit_tables = log2, index
+    net.set_exact(True)
+    net.eval().requires_grad_(False)
+    with exact.exact_arithmetic():
+        net.visit()
+    exact.known_answer(torch.device(device))
+    net.unit_tables = log2.to(device), index.to(device)
+    return net.to(device)
 
 
-def identities(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[bytes, bytes]:
-    """(entropy identity, synthesis identity) of a configuration and the arrays of a weights file."""
+def identities(config: dict[str, Any], grids: dict[str, int], arrays: dict[str, np.ndarray]) -> tuple[bytes, bytes]:
+    """(entropy identity, synthesis identity) of a configuration, units and the arrays of a weights file."""
     entropy, synthesis = hashlib.sha256(), hashlib.sha256()
-    shape = {k: v for k, v in config.items() if k != "name"} | {"revision": REVISION}
+    shape = {k: v for k, v in config.items() if k != "name"} | {"grids": grids, "revision": REVISION}
     entropy.update(json.dumps(shape, sort_keys=True).encode())
     for name in sorted(arrays):
         part = name.partition(".")[0]
-        digest = entropy if part in (*ENTROPY_PARTS, "tables") else synthesis if part in SYNTHESIS_PARTS else None
+        digest = entropy if part in ENTROPY_PARTS else synthesis if part in SYNTHESIS_PARTS else None
         if digest is not None:
             value = arrays[name]
             digest.update(f"{name} {value.dtype.str} {value.shape}".encode())
@@ -190,33 +210,51 @@ def identities(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[b
 
 
 def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
-    """Write a weights file. ``meta`` holds rate_range and provenance; everything else is made here."""
+    """Write a weights file of a network whose exact path is frozen (:meth:`CodecModel.freeze`).
+
+    ``meta`` holds rate_range and provenance; everything else is made here. Raises ValueError, before anything is
+    written, if the network is not frozen or a certificate fails.
+    """
+    import torch
     from safetensors.numpy import save
 
     from lic.model.complexity import kmac_per_pixel
     from lic.model.tables import make_tables
 
+    layers = net.exact_layers()
+    if any(layer.exponent is None for layer in layers.values()):
+        raise ValueError("the exact path is not frozen")
+    with torch.no_grad():
+        net.visit()
     arrays: dict[str, np.ndarray] = {}
     for name, tensor in net.state_dict().items():
         value = tensor.detach().float().cpu().numpy()
-        part = name.partition(".")[0]
-        if part in NETWORKS and value.ndim == 2 and name.endswith(".weight"):
+        part, layer = name.partition(".")[0], layers.get(name.removesuffix(".weight"))
+        if layer is not None and layer.exponent is not None and name.endswith(".weight"):
+            exponent = layer.exponent.cpu().numpy()
+            arrays[name] = _scaled(value, exponent).astype(np.int8)
+            arrays[name + EXPONENT] = exponent
+        elif part in NETWORKS and value.ndim == 2 and name.endswith(".weight"):
             scale = np.maximum(np.abs(value).max(axis=1), 1e-12) / 127
             arrays[name] = np.rint(value / scale[:, None]).astype(np.int8)
-            arrays[name + ".row_scale"] = scale.astype(np.float32)
+            arrays[name + SCALE] = scale.astype(np.float32)
         elif part == "shortcut":
             arrays[name] = value.astype(np.float16)
         else:
             arrays[name] = value
+    for name, table in zip(("log2", "index"), net.unit_tables or net.make_unit_tables(), strict=True):
+        arrays[f"units.{name}"] = table.cpu().numpy().astype(np.int32)
     y_tables, z_tables = make_tables(net)
     for kind, tables in (("y", y_tables), ("z", z_tables)):
         for key, value in tables.to_arrays().items():
             arrays[f"tables.{kind}.{key}"] = value
     config = net.config.to_json()
-    entropy_id, synthesis_id = identities(json.loads(json.dumps(config)), arrays)
+    grids = net.grid_bits()
+    entropy_id, synthesis_id = identities(json.loads(json.dumps(config)), grids, arrays)
     header = {
         "name": net.config.name,
         "config": config,
+        "grids": grids,
         "entropy_id": entropy_id.hex(),
         "synthesis_id": synthesis_id.hex(),
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -225,3 +263,9 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
         "provenance": meta["provenance"],
     }
     atomic.write(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"lic": json.dumps(header)}))
+
+
+def _scaled(weight: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+    """weight · 2**exponent; the exponents of a matrix (N, K) are (N,), of depthwise kernels (..., 3, 3, C) (..., C)."""
+    exponent = exponent.astype(np.int32)
+    return np.ldexp(weight, exponent[:, None] if weight.ndim == 2 else exponent[..., None, None, :])

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 from lic.coder import SCALES, Tables, gaussian_tables
 from lic.model.codec import CodecModel
+from lic.model.context.base import FRACTIONS
 from lic.model.hyperprior import Z_LIMIT
-
-FRACTIONS = 8
 
 
 def make_tables(net: CodecModel) -> tuple[Tables, Tables]:
     """(tables of y: rows scale·8 + fraction, tables of z: rows bucket·C + channel)."""
     pmfs = list(net.prior.pmf().flatten(0, 1).cpu().numpy())
     return gaussian_tables(SCALES, FRACTIONS), Tables.from_pmfs(pmfs, [-Z_LIMIT] * len(pmfs))
-
-
-LOG_SCALE_0 = math.log(SCALES[0])
-LOG_SCALE_STEP = math.log(SCALES[1] / SCALES[0])

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lic.exact import QualityTable
 from lic.model.config import DOWNSAMPLING, Config
-from lic.model.layers import QualityTable, Residual, depth_to_space, space_to_depth
+from lic.model.layers import Residual, depth_to_space, space_to_depth
 
 OVERLAP = DOWNSAMPLING // 2  # pixels by which a block reaches over each of its sides
 

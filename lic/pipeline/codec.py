@@ -17,7 +17,7 @@ from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.store import LoadedModel
 from lic.pipeline import windows
-from lic.pipeline.tile import CodedTile, Latents, Reader, Writer, code_tile
+from lic.pipeline.tile import Latents, Reader, Writer, code_tiles
 
 TILE = 1024  # side of the tiles of an image with more pixels than LARGEST_TILE, counted with its padding
 LARGEST_TILE = 1536 * 1536
@@ -74,9 +74,9 @@ def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progre
         part = y[:, rows, columns]
         known = Latents(torch.round(net.hyper_analysis(part, code)), part)
         writer = Writer()
-        coded = code_tile(model, geometry, quality_code, writer, known)
+        coded = code_tiles(model, geometry, [quality_code], [writer], known)
         checks.add(coded.latents)
-        bits += coded.estimated_bits
+        bits += float(coded.estimated_bits[0])
         tiles.append(tuple(writer.streams))
         dequantised[:, rows, columns] = coded.dequantised
         if progress:
@@ -117,7 +117,7 @@ def decode_rgb(
     dequantised = torch.empty(1, full.height, full.width, net.config.latent, device=model.device)
     checks = _Symbols()
     for done, ((geometry, rows, columns), streams) in enumerate(zip(boxes, container.tiles, strict=True)):
-        coded: CodedTile = code_tile(model, geometry, header.quality, Reader(streams), None)
+        coded = code_tiles(model, geometry, [header.quality], [Reader(streams)], None)
         checks.add(coded.latents)
         dequantised[:, rows, columns] = coded.dequantised
         if progress:

@@ -8,15 +8,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lic.model.store import write_model
+from lic.train.calibration import calibrate
+from lic.train.data import Pictures
 from lic.train.trainer import averaged_model
 
 
-def export(state: Path, target: Path, *, name: str | None, data: str, rate_range: tuple[float, float] | None) -> None:
-    """Write the averaged weights of a state as a weights file. ``data`` says what they were trained on."""
+def export(
+    state: Path,
+    target: Path,
+    *,
+    calibration: list[Path],
+    name: str | None,
+    data: str,
+    rate_range: tuple[float, float] | None,
+) -> None:
+    """Write the averaged weights of a state as a weights file, its entropy path on integers.
+
+    ``calibration`` are pictures that the units of the integers are fitted to; none are needed for a state that was
+    trained on integers. ``data`` says what the state was trained on. Raises ValueError if a certificate fails and
+    LicError if there are no pictures.
+    """
     net, book = averaged_model(state)
+    net.requires_grad_(False)
     if name is not None:
         net.config = replace(net.config, name=name)
+    if not net.exact:
+        calibrate(net, Pictures(calibration, torch.device("cpu"), seed=0, watch=False))
+    net.freeze()
     provenance: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),

@@ -26,9 +26,10 @@ from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
 from lic.model.transforms import lapped_basis
 from lic.quality import MAX_CODE
+from lic.train.calibration import calibrate
 from lic.train.data import Pictures
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 LOSS_EXPONENT = 0.4
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
@@ -43,6 +44,7 @@ class Settings:
     learning_rate: float = 1e-3
     warm_up_steps: int = 200
     frozen_part: float = 0.3  # first share of the run: linear analysis, entropy model as density model
+    exact_part: float = 0.0  # last share, with the integers of the exact path in the loop
     refine_part: float = 0.25  # last share: analysis as it is, the rest trained on latents rounded as the encoder does
     batch: int = 4
     crop: int = 192
@@ -96,6 +98,7 @@ class Trainer:
             "pixels": self.pixels,
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
+            "grids": self.model.grid_bits() if self.model.exact else None,
         }
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -119,6 +122,9 @@ class Trainer:
         else:  # the state holds the first process's random numbers: others draw theirs anew
             trainer.generator.manual_seed(trainer.settings.seed + 1000 * trainer.rank + trainer.step)
         trainer.fresh = False
+        if state["grids"] is not None:
+            trainer.model.set_grid_bits(state["grids"])
+            trainer.model.set_exact(True)
         return trainer
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
@@ -138,6 +144,8 @@ class Trainer:
         sums: Tensor | None = None
         loss_of = torch.compile(self.loss) if self.device.type == "cuda" else self.loss
         while True:
+            if self.progress() > 1 - self.settings.exact_part and not self.model.exact:
+                self.make_exact(pictures)
             metrics = self.train_step(pictures, loss_of)
             sums = metrics if sums is None else sums + metrics
             now = time.monotonic()
@@ -162,6 +170,16 @@ class Trainer:
                     saved = now
             if finished:
                 return
+
+    def make_exact(self, pictures: Pictures) -> None:
+        """From here on, train with the integers of the exact path."""
+        calibrate(self.model, pictures)
+        if self.processes > 1:
+            names = list(self.model.grid_bits())
+            bits = torch.tensor([self.model.grid_bits()[name] for name in names], device=self.device)
+            dist.broadcast(bits, 0)
+            self.model.set_grid_bits(dict(zip(names, bits.tolist(), strict=True)))
+        self.model.set_exact(True)
 
     def _agree(self, finished: bool) -> bool:
         """The first process's clock decides for all, and all go on with its time."""
@@ -235,7 +253,7 @@ class Trainer:
         ]
         u = torch.rand(batch, generator=self.generator, device=self.device)
         u[:half] *= 0.75  # lightly compressed originals would teach the highest qualities to drop detail
-        return torch.cat(crops).float() / 255 - 0.5, u * MAX_CODE
+        return torch.cat(crops).float() / 255 - 0.5, torch.round(u * MAX_CODE)
 
     @torch.no_grad()
     def fit_shortcut(self, pictures: Pictures) -> None:
@@ -283,6 +301,9 @@ def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
     state = torch.load(state_path, map_location="cpu", weights_only=True)
     model = CodecModel(Config.from_json(state["config"]))
     model.load_state_dict(state["average"])
+    if state["grids"] is not None:
+        model.set_grid_bits(state["grids"])
+        model.set_exact(True)
     return model.eval(), {k: state[k] for k in ("settings", "step", "seconds", "pixels")}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lic.model.config import Config
-from lic.model.context.base import Context, Geometry, Schedule, State
+from lic.model.context.base import Context, Geometry, Prediction, Schedule, State, Unit
 from lic.model.context.groupedmixer import GroupedMixer
 
-SYSTEMS: dict[str, type[Context]] = {"groupedmixer": GroupedMixer}
+SYSTEMS: dict[str, Callable[[Config], Context]] = {"groupedmixer": GroupedMixer}
 
 
 def make_context(config: Config) -> Context:
@@ -16,4 +18,4 @@ def make_context(config: Config) -> Context:
     return SYSTEMS[config.system](config)
 
 
-__all__ = ["SYSTEMS", "Context", "Geometry", "Schedule", "State", "make_context"]
+__all__ = ["SYSTEMS", "Context", "Geometry", "Prediction", "Schedule", "State", "Unit", "make_context"]

@@ -1,19 +1,31 @@
 """What every context model offers: a schedule (who is coded when) and predictions (mean and scale).
 
-The latents are divided by a per-channel ``unit`` (quantiser steps per standard deviation of the channel), so that a
+The latents are divided by a per-channel unit (quantiser steps per standard deviation of the channel), so that a
 context model sees the same signal at every quality, and its predictions are turned back into quantiser steps here.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-FEATURE_LIMIT = 16.0  # inputs are clamped to so many standard deviations
+from lic.coder import SCALES
+from lic.exact import Fixed, Grid, power_of_two
+from lic.exact.tables import EXP2, EXP2_BITS, EXP2_INDEX_BITS, LOG, LOG_BITS, RATIO_BITS, RATIO_LIMIT
+from lic.model.layers import NARROW, lower_bound
+
+FRACTIONS = 8  # positions of the mean inside a quantiser step
+LOG_SCALE_0 = math.log(SCALES[0])
+LOG_SCALE_STEP = math.log(SCALES[1] / SCALES[0])
+MEAN_LIMIT = FRACTIONS << 17  # of predicted means, in eighths
+HEAD_BITS, HEAD_LIMIT = 10, 32767  # grid of what a context model answers: 1/1024, up to 32
+INDEX_BITS = 24  # fraction bits of scale indices before they are rounded
+INDEX_FACTOR = round(2 ** (INDEX_BITS - HEAD_BITS) / LOG_SCALE_STEP)  # scale indices in an answer of 1/1024
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,96 @@ class Schedule(Protocol):
         """Write values (B, P, C) of a step into y, in place."""
 
 
+class Prediction(NamedTuple):
+    """What a latent is coded with: its mean in eighths of a quantiser step and the index of its scale in SCALES.
+
+    Integers where arithmetic is exact, otherwise real numbers that may lie outside the tables.
+    """
+
+    eighths: Tensor
+    scale_index: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """In quantiser steps."""
+        return self.eighths / FRACTIONS
+
+    @property
+    def scale(self) -> Tensor:
+        """In quantiser steps, within the tables; below them the gradient still passes that would raise it."""
+        index = lower_bound(self.scale_index, 0.0).clamp(max=len(SCALES) - 1)
+        return torch.exp(LOG_SCALE_0 + LOG_SCALE_STEP * index)
+
+
+class Unit(NamedTuple):
+    """Quantiser steps per standard deviation of each channel, (B, M) or broadcastable to latents.
+
+    ``steps`` and ``inverse``: the unit and its inverse; ``scale_index``: its place on the scale of Prediction's times
+    2**24. Where arithmetic is ``exact``: float64, integers times powers of two (bitstream_spec.md 5.4).
+    """
+
+    steps: Tensor
+    inverse: Tensor
+    scale_index: Tensor
+    exact: bool
+
+    @classmethod
+    def real(cls, steps: Tensor) -> Unit:
+        """From quantiser steps per standard deviation."""
+        index = (torch.log(steps) - LOG_SCALE_0) * (2**INDEX_BITS / LOG_SCALE_STEP)
+        return cls(steps, 1 / steps, index, False)
+
+    @classmethod
+    def integer(cls, log2: Tensor, index: Tensor) -> Unit:
+        """From integers: 4096·log2(steps), and scale_index."""
+        return cls(_power(log2), _power(-log2), index.double(), True)
+
+    def of(self, channels: slice) -> Unit:
+        """For latents (B, P, C) of these channels, from (B, M)."""
+        steps, inverse, scale_index = (t[:, None, channels] for t in self[:3])
+        return Unit(steps, inverse, scale_index, self.exact)
+
+    def features(self, y: Tensor) -> Fixed:
+        """Integer latents (..., C) over their unit as inputs (..., 2·C): linear up to ±8, and logarithmic."""
+        u = y / self.steps
+        log = torch.sign(u) * torch.log1p(8 * u.abs().clamp(max=RATIO_LIMIT / 2**RATIO_BITS))
+        limit = NARROW / 2**LOG_BITS
+        real = torch.cat([u.clamp(-limit, limit), log], dim=-1)
+        if not self.exact:
+            return Fixed(real)
+        ratio = torch.round(y.double() * self.inverse * 2**RATIO_BITS).clamp(-RATIO_LIMIT, RATIO_LIMIT)
+        table = torch.as_tensor(LOG, device=y.device)
+        log = torch.sign(ratio) * table[ratio.abs().long()]
+        linear = torch.round(ratio / 2 ** (RATIO_BITS - LOG_BITS)).clamp(-NARROW, NARROW)
+        integers = torch.cat([linear, log], dim=-1).to(y.dtype)
+        if y.requires_grad:
+            real = (real * 2**LOG_BITS).to(y.dtype)
+            integers = real + (integers - real).detach()
+        return Fixed(integers, LOG_BITS, NARROW)
+
+    def prediction(self, answer: Fixed) -> Prediction:
+        """Network output (..., 2·C), means then log-scales relative to the unit, -> Prediction (..., C)."""
+        mean, log_scale = answer.x.chunk(2, dim=-1)
+        if not self.exact:
+            index = log_scale.float() / LOG_SCALE_STEP + self.scale_index / 2**INDEX_BITS
+            return Prediction(mean.float() * self.steps * FRACTIONS, index)
+        eighths = mean.double() * self.steps * (FRACTIONS / 2**HEAD_BITS)
+        index = (log_scale.double() * INDEX_FACTOR + self.scale_index) / 2**INDEX_BITS
+        index = lower_bound(index, 0.0).clamp(max=len(SCALES) - 1)
+        return Prediction(_rounded(eighths.clamp(-MEAN_LIMIT, MEAN_LIMIT)), _rounded(index))
+
+
+def _power(log2: Tensor) -> Tensor:
+    """Integers 4096·log2(x) -> x in float64: a mantissa from the table, a power of two."""
+    mantissa = torch.as_tensor(EXP2, device=log2.device)[log2.long() & ((1 << EXP2_INDEX_BITS) - 1)]
+    return mantissa.double() * power_of_two((log2.long() >> EXP2_INDEX_BITS) - EXP2_BITS)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """float64 -> float32 integers, with the gradient of the identity."""
+    return (x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)).float()
+
+
 State = Any  # the system's own dataclass; shapes are listed there
 
 
@@ -49,30 +151,22 @@ class Context(nn.Module, ABC):
 
     schedule: Schedule
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = Grid(HEAD_LIMIT, bits=HEAD_BITS)
+
     @abstractmethod
-    def start(self, psi: Tensor, geometry: Geometry, code: Tensor, unit: Tensor) -> State:
+    def start(self, psi: Fixed, geometry: Geometry, code: Tensor, unit: Unit) -> State:
         """State before step 0. psi (B, h, w, psi), code (B,) quality code, unit (B, M)."""
 
     @abstractmethod
-    def predict(self, state: State, step: int) -> tuple[Tensor, Tensor]:
-        """Mean and log of the scale, each (B, P, C) in quantiser steps, for the latents of ``step``."""
+    def predict(self, state: State, step: int) -> Prediction:
+        """Predictions (B, P, C) for the latents of ``step``."""
 
     @abstractmethod
     def observe(self, state: State, step: int, y_hat: Tensor) -> State:
         """The state after the latents y_hat (B, P, C) of ``step`` are known."""
 
     @abstractmethod
-    def teacher(self, psi: Tensor, y_hat: Tensor, code: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-scale (B, h, w, M) of all latents y_hat (B, h, w, M) in one masked pass."""
-
-
-def features(y: Tensor, unit: Tensor) -> Tensor:
-    """Latents (..., C) over their unit (broadcast) as inputs (..., 2·C): linear and logarithmic."""
-    u = (y / unit).clamp(-FEATURE_LIMIT, FEATURE_LIMIT)
-    return torch.cat([u, torch.sign(u) * torch.log1p(8 * u.abs())], dim=-1)
-
-
-def to_steps(prediction: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Network output (..., 2·C) -> mean and log-scale (..., C) in quantiser steps."""
-    mean, log_scale = prediction.float().chunk(2, dim=-1)
-    return mean * unit, log_scale + torch.log(unit)
+    def teacher(self, psi: Fixed, y_hat: Tensor, code: Tensor, unit: Unit) -> Prediction:
+        """Predictions (B, h, w, M) of all latents y_hat (B, h, w, M) in one masked pass."""

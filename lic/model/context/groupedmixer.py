@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lic.exact import Depthwise, Fixed, Grid, Linear, QualityTable, attend
 from lic.model.config import Config
-from lic.model.context.base import Context, Geometry, features, to_steps
-from lic.model.layers import FeedForward, QualityTable, attend, depthwise
+from lic.model.context.base import Context, Geometry, Prediction, Unit
+from lic.model.layers import NARROW, WIDE, FeedForward, near_zero
 
+ATTENTION = 511  # limit of queries, keys and values: 10 bits
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # row and column inside a cell, in coding order
 
 
@@ -57,13 +59,31 @@ class GroupSchedule:
 class GroupedMixerState:
     """cells = (h/2, w/2), G groups, d the context width.
 
-    tokens (B, h/2, w/2, G, d): input tokens, complete up to the next group; cache: for every cross-group mixer
-    (B, h/2, w/2, G, 2·d), keys and values of the groups predicted so far; unit (B, M).
+    tokens (B, h/2, w/2, G, d): input tokens, complete up to the next group; keys and values: for every cross-group
+    mixer (B, h/2, w/2, G, d), of the groups predicted so far; unit: (B, M).
     """
 
     tokens: Tensor
-    cache: list[Tensor]
-    unit: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    unit: Unit
+
+
+class Attention(nn.Module):
+    """What both mixers share: queries, keys and values of a residual sum, and the way back."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = config.context_width
+        self.heads = config.context_heads
+        self.narrow = Grid(NARROW)
+        self.q, self.k, self.v = (Linear(width, width) for _ in range(3))
+        self.q_grid, self.k_grid, self.v_grid = (Grid(ATTENTION) for _ in range(3))
+        self.out = near_zero(Linear(width, width))
+
+    def project(self, x: Fixed) -> tuple[Fixed, Fixed, Fixed]:
+        x = self.narrow(x)
+        return self.q(x, self.q_grid), self.k(x, self.k_grid), self.v(x, self.v_grid)
 
 
 class InnerMixer(nn.Module):
@@ -74,45 +94,57 @@ class InnerMixer(nn.Module):
     def __init__(self, config: Config, groups: int, shifted: bool) -> None:
         super().__init__()
         width = config.context_width
-        self.heads, self.window = config.context_heads, config.window
+        self.window = config.window
         self.shift = config.window // 2 if shifted else 0
-        self.spatial = nn.Parameter(torch.randn(groups, 3, 3, width) * 0.05)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        nn.init.normal_(self.out.weight, std=0.1 * width**-0.5)
-        nn.init.zeros_(self.out.bias)
+        self.narrow = Grid(NARROW)
+        self.spatial = Depthwise(width, groups)
+        nn.init.normal_(self.spatial.weight, std=0.05)
+        self.attention = Attention(config)
         side = 2 * self.window - 1
-        self.bias = nn.Parameter(torch.zeros(side * side, self.heads))
+        self.bias = nn.Parameter(torch.zeros(side * side, config.context_heads))
         position = torch.arange(self.window**2)
         row, column = position // self.window, position % self.window
         index = (row[:, None] - row + self.window - 1) * side + column[:, None] - column + self.window - 1
         self.register_buffer("index", index, persistent=False)
         self.feed = FeedForward(width)
 
-    def forward(self, x: Tensor, first: int) -> Tensor:
+    def forward(self, x: Fixed, first: int, wide: Grid) -> Fixed:
         """x (B, H, W, n, d): tokens of groups first..first+n-1."""
-        b, h, w, n, d = x.shape
-        kernel = self.spatial[first : first + n].permute(1, 2, 0, 3).reshape(3, 3, n * d)
-        x = x + depthwise(x.reshape(b, h, w, n * d), kernel).reshape(x.shape)
-        x = x + self.out(self._attention(x))
-        return x + self.feed(x)
+        groups = slice(first, first + x.x.shape[3])
+        x = wide.add(x, self.spatial(self.narrow(x), wide, groups))
+        q, k, v = (self._windows(part) for part in self.attention.project(x))
+        y = attend(q, k, v, self.bias[self.index].permute(2, 0, 1), self._mask(x.x), wide.exact)
+        x = wide.add(x, self.attention.out(self._whole(y, x.x.shape), wide))
+        return self.feed(x, wide)
 
-    def _attention(self, x: Tensor) -> Tensor:
-        b, h, w, n, d = x.shape
+    def _margins(self, h: int, w: int) -> tuple[int, int, int]:
+        """Padding above and left, below, right of h x w cells to whole windows."""
         s, k = self.shift, self.window
-        below, right = -(h + s) % k, -(w + s) % k
-        qkv = F.pad(self.qkv(x), (0, 0, 0, 0, s, right, s, below))
-        nh, nw = (h + s + below) // k, (w + s + right) // k
-        mask = None
-        if s or below or right:
-            inside = F.pad(x.new_ones(h, w, dtype=torch.bool), (s, right, s, below))
-            mask = inside.reshape(nh, k, nw, k).transpose(1, 2).reshape(nh, nw, 1, 1, 1, k * k)
-        qkv = qkv.reshape(b, nh, k, nw, k, n, 3, self.heads, d // self.heads)
-        qkv = qkv.permute(6, 0, 1, 3, 5, 7, 2, 4, 8).flatten(-3, -2)  # (3, B, nh, nw, n, heads, k·k, d/heads)
-        q, key, v = qkv.unbind(0)
-        y = attend(q, key, v, self.bias[self.index].permute(2, 0, 1), mask)
-        y = y.unflatten(-2, (k, k)).permute(0, 1, 5, 2, 6, 3, 4, 7)  # (B, nh, k, nw, k, n, heads, d/heads)
-        return y.reshape(b, nh * k, nw * k, n, d)[:, s : s + h, s : s + w]
+        return s, -(h + s) % k, -(w + s) % k
+
+    def _windows(self, v: Fixed) -> Fixed:
+        """(B, H, W, n, d) -> (B, rows of windows, columns of windows, n, heads, window², d/heads)."""
+        s, below, right = self._margins(*v.x.shape[1:3])
+        x = F.pad(v.x, (0, 0, 0, 0, s, right, s, below))
+        x = x.unflatten(4, (self.attention.heads, -1)).unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
+        return v._replace(x=x.permute(0, 1, 3, 5, 6, 2, 4, 7).flatten(-3, -2))
+
+    def _whole(self, v: Fixed, shape: torch.Size) -> Fixed:
+        """Inverse of _windows, to (B, H, W, n, d)."""
+        s = self.shift
+        x = v.x.unflatten(-2, (self.window, self.window)).permute(0, 1, 5, 2, 6, 3, 4, 7)
+        x = x.flatten(1, 2).flatten(2, 3).flatten(-2)
+        return v._replace(x=x[:, s : s + shape[1], s : s + shape[2]])
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """True at the cells that exist, (rows, columns, 1, 1, 1, window²); None if all of them do."""
+        h, w = x.shape[1:3]
+        s, below, right = self._margins(h, w)
+        if not (s or below or right):
+            return None
+        inside = F.pad(x.new_ones(h, w, dtype=torch.bool), (s, right, s, below))
+        inside = inside.unflatten(1, (-1, self.window)).unflatten(0, (-1, self.window))
+        return inside.transpose(1, 2).flatten(-2)[:, :, None, None, None]
 
 
 class CrossMixer(nn.Module):
@@ -120,28 +152,24 @@ class CrossMixer(nn.Module):
 
     def __init__(self, config: Config, groups: int) -> None:
         super().__init__()
-        width = config.context_width
-        self.heads = config.context_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        nn.init.normal_(self.out.weight, std=0.1 * width**-0.5)
-        nn.init.zeros_(self.out.bias)
-        self.bias = nn.Parameter(torch.zeros(self.heads, groups, groups))
-        self.feed = FeedForward(width)
+        self.attention = Attention(config)
+        self.bias = nn.Parameter(torch.zeros(config.context_heads, groups, groups))
+        self.feed = FeedForward(config.context_width)
 
-    def forward(self, x: Tensor, first: int, cache: Tensor | None) -> Tensor:
-        """x (B, H, W, n, d): tokens of groups first..; cache (B, H, W, G, 2·d) receives their keys and values."""
-        n = x.shape[3]
+    def forward(self, x: Fixed, first: int, wide: Grid, cache: tuple[Tensor, Tensor] | None) -> Fixed:
+        """x (B, H, W, n, d): tokens of groups first..; cache: keys and values of all groups, which receive theirs."""
+        n = x.x.shape[3]
         last = first + n
-        q, kv = self.qkv(x).split([x.shape[-1], 2 * x.shape[-1]], dim=-1)
+        q, k, v = self.attention.project(x)
         if cache is not None:
-            cache[:, :, :, first:last] = kv
-            kv = cache[:, :, :, :last]
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(3, 4) for t in (q, *kv.chunk(2, dim=-1)))
-        causal = torch.ones(n, last, dtype=torch.bool, device=x.device).tril(first) if n > 1 else None
-        y = attend(q, k, v, self.bias[:, first:last, :last], causal)
-        x = x + self.out(y.transpose(3, 4).flatten(-2))
-        return x + self.feed(x)
+            for kept, new in zip(cache, (k, v), strict=True):
+                kept[:, :, :, first:last] = new.x
+            k, v = (t._replace(x=kept[:, :, :, :last]) for t, kept in zip((k, v), cache, strict=True))
+        q, k, v = (t._replace(x=t.x.unflatten(-1, (self.attention.heads, -1)).transpose(3, 4)) for t in (q, k, v))
+        causal = torch.ones(n, last, dtype=torch.bool, device=x.x.device).tril(first) if n > 1 else None
+        y = attend(q, k, v, self.bias[:, first:last, :last], causal, wide.exact)
+        x = wide.add(x, self.attention.out(y._replace(x=y.x.transpose(3, 4).flatten(-2)), wide))
+        return self.feed(x, wide)
 
 
 class GroupedMixer(Context):
@@ -151,62 +179,68 @@ class GroupedMixer(Context):
         super().__init__()
         self.schedule: GroupSchedule = GroupSchedule(config.slices)
         groups, width = self.schedule.groups, config.context_width
-        self.embed = nn.ModuleList(nn.Linear(2 * c, width) for c in config.slices)
-        self.psi = nn.ModuleList(nn.Linear(config.psi, width) for _ in config.slices)
+        self.wide, self.narrow = Grid(WIDE), Grid(NARROW)
+        self.embed = nn.ModuleList(Linear(2 * c, width) for c in config.slices)
+        self.psi = nn.ModuleList(Linear(config.psi, width) for _ in config.slices)
         self.group = nn.Parameter(torch.randn(groups, width) * 0.1)
         self.quality = QualityTable(config.knots, width)
         pairs = range(config.context_mixers)
         self.inner = nn.ModuleList(InnerMixer(config, groups, shifted=i % 2 == 1) for i in pairs)
         self.cross = nn.ModuleList(CrossMixer(config, groups) for _ in pairs)
-        heads = [nn.Linear(width, 2 * c) for c in config.slices]
-        for head in heads:  # step 0 predicts each channel's own standard deviation
-            nn.init.normal_(head.weight, std=0.1 * width**-0.5)
-            nn.init.zeros_(head.bias)
-        self.head = nn.ModuleList(heads)
+        # Step 0 predicts each channel's own standard deviation.
+        self.head = nn.ModuleList(near_zero(Linear(width, 2 * c)) for c in config.slices)
 
-    def start(self, psi: Tensor, geometry: Geometry, code: Tensor, unit: Tensor) -> GroupedMixerState:
+    def start(self, psi: Fixed, geometry: Geometry, code: Tensor, unit: Unit) -> GroupedMixerState:
         tokens = []
+        quality = self.quality.fixed(code, self.wide)
         for step in range(self.schedule.groups):
             i, j = PHASES[step % len(PHASES)]
-            tokens.append(self.psi[self.schedule.slice_of(step)](psi[:, i::2, j::2]) + self.group[step])
-        stacked = torch.stack(tokens, dim=3) + self.quality(code)[:, None, None, None].to(psi.dtype)
-        cache = [stacked.new_zeros(*stacked.shape[:-1], 2 * stacked.shape[-1]) for _ in self.cross]
-        return GroupedMixerState(stacked, cache, unit)
+            part = psi._replace(x=psi.x[:, i::2, j::2])
+            own = self.wide.add(self.wide.constant(self.group[step]), quality)  # (B, d)
+            token = self.psi[self.schedule.slice_of(step)](part, self.wide)
+            tokens.append(self.wide.add(token, own._replace(x=own.x[:, None, None])).x)
+        stacked = torch.stack(tokens, dim=3)
+        keys, values = ([torch.zeros_like(stacked) for _ in self.cross] for _ in range(2))
+        return GroupedMixerState(stacked, keys, values, unit)
 
-    def predict(self, state: GroupedMixerState, step: int) -> tuple[Tensor, Tensor]:
-        x = self._mix(state.tokens[:, :, :, step : step + 1], step, state.cache)
-        return self._head(x.squeeze(3), step, state.unit)
+    def predict(self, state: GroupedMixerState, step: int) -> Prediction:
+        token = self.wide.wrap(state.tokens[:, :, :, step : step + 1])
+        x = self._mix(token, step, list(zip(state.keys, state.values, strict=True)))
+        return self._head(x, 0, step, state.unit)
 
     def observe(self, state: GroupedMixerState, step: int, y_hat: Tensor) -> GroupedMixerState:
         if step + 1 < self.schedule.groups:
             token = state.tokens[:, :, :, step + 1]
-            token += self._embed(y_hat, step, state.unit).reshape(token.shape)
+            known = self._embed(y_hat, step, state.unit)
+            known = known._replace(x=known.x.reshape(token.shape))
+            token.copy_(self.wide.add(self.wide.wrap(token), known).x)
         return state
 
-    def teacher(self, psi: Tensor, y_hat: Tensor, code: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def teacher(self, psi: Fixed, y_hat: Tensor, code: Tensor, unit: Unit) -> Prediction:
         b, h, w, _ = y_hat.shape
-        state = self.start(psi, Geometry(b, h, w), code, unit)
-        known = [torch.zeros_like(state.tokens[:, :, :, 0])]
+        tokens = self.start(psi, Geometry(b, h, w), code, unit).tokens
+        known = [torch.zeros_like(tokens[:, :, :, 0])]
         for step in range(self.schedule.groups - 1):
-            known.append(self._embed(self.schedule.take(y_hat, step), step, unit).reshape(known[0].shape))
-        x = self._mix(state.tokens + torch.stack(known, dim=3), 0, None)
-        mean, log_scale = torch.empty_like(y_hat), torch.empty_like(y_hat)
+            known.append(self._embed(self.schedule.take(y_hat, step), step, unit).x.reshape(known[0].shape))
+        x = self.wide.add(self.wide.wrap(tokens), self.wide.wrap(torch.stack(known, dim=3)))
+        x = self._mix(x, 0, None)
+        whole = Prediction(torch.empty_like(y_hat), torch.empty_like(y_hat))
         for step in range(self.schedule.groups):
-            m, s = self._head(x[:, :, :, step], step, unit)
-            self.schedule.put(mean, step, m)
-            self.schedule.put(log_scale, step, s)
-        return mean, log_scale
+            for all_of_it, part in zip(whole, self._head(x, step, step, unit), strict=True):
+                self.schedule.put(all_of_it, step, part)
+        return whole
 
-    def _embed(self, y_hat: Tensor, step: int, unit: Tensor) -> Tensor:
+    def _embed(self, y_hat: Tensor, step: int, unit: Unit) -> Fixed:
         s = self.schedule.slice_of(step)
-        return self.embed[s](features(y_hat, unit[:, None, self.schedule.channels[s]]))
+        return self.embed[s](unit.of(self.schedule.channels[s]).features(y_hat), self.wide)
 
-    def _mix(self, x: Tensor, first: int, cache: list[Tensor] | None) -> Tensor:
+    def _mix(self, x: Fixed, first: int, caches: list[tuple[Tensor, Tensor]] | None) -> Fixed:
         for i, (inner, cross) in enumerate(zip(self.inner, self.cross, strict=True)):
-            x = cross(inner(x, first), first, None if cache is None else cache[i])
-        return x
+            x = cross(inner(x, first, self.wide), first, self.wide, None if caches is None else caches[i])
+        return self.narrow(x)
 
-    def _head(self, x: Tensor, step: int, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(self, x: Fixed, position: int, step: int, unit: Unit) -> Prediction:
+        """Predictions of a step from the tokens (B, h/2, w/2, n, d), of which its own is at ``position``."""
         s = self.schedule.slice_of(step)
-        prediction = self.head[s](x.flatten(1, 2))  # (B, P, 2·C)
-        return to_steps(prediction, unit[:, None, self.schedule.channels[s]])
+        answer = self.head[s](x._replace(x=x.x[:, :, :, position].flatten(1, 2)), self.answer)
+        return unit.of(self.schedule.channels[s]).prediction(answer)
