@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,7 @@ from lic import container, images
 from lic.container import DEFAULT_MAX_PIXELS
 from lic.device import check_device, select_device
 from lic.errors import LicError, UnsupportedError, UsageError
+from lic.images import Picture, samples_at_bits
 from lic.quality import DEFAULT_QUALITY, code_of
 
 if TYPE_CHECKING:
@@ -22,19 +23,22 @@ if TYPE_CHECKING:
     from lic.model.store import LoadedModel, ModelInfo
 
 Progress = Callable[[int, int], None]
+AnyPicture: TypeAlias = Image.Image | np.ndarray | Picture
 
 DEFAULT_MODEL = "base"
 _PSNR_ROWS = 64  # at a time: memory of a large picture
+_ANY_SIZE = 2**64  # pixels: what is in memory has been let in before
 
 
 @dataclass(frozen=True)
 class EncodeResult:
     """One encoded picture.
 
-    ``data``: the ``.lic`` file. ``reconstruction``: uint8 (H, W, 3), what decoding ``data`` gives on this
-    machine; ``psnr``: of it, in dB over RGB, infinite if it is exact. ``estimated_bits``: the model's own
-    estimate of the coded size. ``symbols_sha256``: as in DecodeResult. ``seconds``: without loading the
-    model.
+    ``data``: the ``.lic`` file. ``reconstruction``: the colour that decoding ``data`` gives on this machine,
+    uint8 or uint16 as the source, (H, W, 3), or (H, W, 1) if gray; ``psnr``: of it, in dB over all samples,
+    infinite if it is exact (under full transparency, against the colour that was coded there).
+    ``estimated_bits``: the model's own estimate of the coded size. ``symbols_sha256``: as in DecodeResult.
+    ``seconds``: without loading the model. ``notes``: in words, what was lost before coding began.
     """
 
     data: bytes
@@ -43,18 +47,24 @@ class EncodeResult:
     estimated_bits: float
     symbols_sha256: str
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """One decoded picture: ``rgb`` is uint8 (H, W, 3); ``seconds`` is without loading the model.
+    """One decoded picture, with its transparency and metadata; ``seconds`` is without loading the model.
 
     ``symbols_sha256`` is the hash of the decoded integers, the same on every machine.
     """
 
-    rgb: np.ndarray
+    picture: Picture
     symbols_sha256: str
     seconds: float
+
+    @property
+    def rgb(self) -> np.ndarray:
+        """The colour alone: uint8 or uint16, (H, W, 3), or (H, W, 1) if gray."""
+        return self.picture.colour
 
 
 class Codec:
@@ -75,27 +85,64 @@ class Codec:
         self._encoder: ModelInfo | None = None
         self._loaded: dict[tuple[bytes, bytes], LoadedModel] = {}  # by entropy and synthesis identity
 
-    def encode(self, image: Image.Image | np.ndarray, quality: float = DEFAULT_QUALITY) -> bytes:
-        """``image`` (Pillow, mode RGB, or uint8 (H, W, 3)) as a ``.lic`` file.
+    @overload
+    def encode(self, image: AnyPicture, quality: float = ..., *, strip: bool = ...) -> bytes: ...
+    @overload
+    def encode(self, image: Sequence[AnyPicture], quality: float = ..., *, strip: bool = ...) -> list[bytes]: ...
+    def encode(
+        self,
+        image: AnyPicture | Sequence[AnyPicture],
+        quality: float = DEFAULT_QUALITY,
+        *,
+        strip: bool = False,
+    ) -> bytes | list[bytes]:
+        """A picture as a ``.lic`` file; a sequence of pictures as a list of files.
 
-        ``quality`` is 0..100. Raises UsageError outside that range, LicError for other kinds of pictures, a
-        model that is not installed or a device that is not there.
+        ``image``: of Pillow's, in any mode but F, upright or with an EXIF orientation, which is applied; or
+        uint8 or uint16 of shape (H, W) for gray or (H, W, 1..4) for gray, gray and alpha, RGB, RGB and alpha.
+        ``quality`` is 0..100. A Pillow picture's colour profile, EXIF and XMP are kept, unless ``strip``.
+        Raises UsageError for other qualities, LicError for other pictures, a model that is not installed or
+        a device that is not there.
         """
-        return self.encode_result(image, quality).data
+        if isinstance(image, Image.Image | np.ndarray | Picture):
+            return self.encode_result(image, quality, strip=strip).data
+        return [self.encode_result(one, quality, strip=strip).data for one in image]
 
-    def decode(self, data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-        """The picture of a ``.lic`` file.
+    @overload
+    def decode(self, data: bytes, *, max_pixels: int = ...) -> Image.Image: ...
+    @overload
+    def decode(self, data: Sequence[bytes], *, max_pixels: int = ...) -> list[Image.Image]: ...
+    def decode(
+        self, data: bytes | Sequence[bytes], *, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> Image.Image | list[Image.Image]:
+        """The picture of a ``.lic`` file; of a sequence of files, a list.
 
+        Its mode is L, LA, RGB or RGBA, or I;16 for gray from a source of more than 8 bits; ``info`` holds the
+        metadata as for Pillow's own formats. Pillow has no other 16-bit modes: see :meth:`decode_array`.
         Raises CorruptError when ``data`` is no such file or a damaged one, UnsupportedError when it needs a
         newer version or a model that is not installed, or has more than ``max_pixels``.
         """
-        return Image.fromarray(self.decode_result(data, max_pixels=max_pixels).rgb)
+        if not isinstance(data, bytes):
+            return [self.decode(one, max_pixels=max_pixels) for one in data]
+        header = container.parse_header(data).header
+        result = self.decode_result(data, bits=None if header.gray else 8, max_pixels=max_pixels)
+        return result.picture.to_image()
+
+    def decode_array(
+        self, data: bytes, *, bits: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> np.ndarray:
+        """The samples of a ``.lic`` file: uint8 or uint16, (H, W), or (H, W, 2..4) as for :meth:`encode`.
+
+        ``bits`` is 8 or 16; None: 16 if the source had more than 8. Raises what :meth:`decode` raises.
+        """
+        return self.decode_result(data, bits=bits, max_pixels=max_pixels).picture.to_array()
 
     def encode_result(
         self,
-        image: Image.Image | np.ndarray,
+        image: AnyPicture,
         quality: float = DEFAULT_QUALITY,
         *,
+        strip: bool = False,
         progress: Progress | None = None,
     ) -> EncodeResult:
         """As :meth:`encode`, with what the encoder knows besides.
@@ -106,32 +153,51 @@ class Codec:
             code = code_of(quality)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        rgb = images.rgb_of(image)
+        picture = images.picture_of(image, max_pixels=_ANY_SIZE, strip=strip)
         model = self.load_encoder()
         from lic import pipeline
 
         start = time.perf_counter()
-        encoded = pipeline.encode_rgb(model, rgb, code, progress=progress)
-        data = container.pack(encoded.container)
+        colour = images.with_hidden_filled(picture.colour, picture.alpha)
+        encoded = pipeline.encode_rgb(model, colour, code, progress=progress)
+        sections = container.metadata_sections(picture.metadata)
+        if picture.alpha is not None:
+            sections = (images.alpha_section(picture.alpha), *sections)
+        header = replace(encoded.container.header, reduced=picture.reduced)
+        data = container.pack(replace(encoded.container, header=header, sections=sections))
         seconds = time.perf_counter() - start
         return EncodeResult(
             data=data,
             reconstruction=encoded.reconstruction,
-            psnr=psnr(rgb, encoded.reconstruction),
+            psnr=psnr(colour, encoded.reconstruction),
             estimated_bits=encoded.estimated_bits,
             symbols_sha256=encoded.symbols_sha256,
             seconds=seconds,
+            notes=picture.notes,
         )
 
     def decode_result(
-        self, data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, progress: Progress | None = None
+        self,
+        data: bytes,
+        *,
+        bits: int | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        progress: Progress | None = None,
     ) -> DecodeResult:
-        """As :meth:`decode`, with the hash of the symbols.
+        """As :meth:`decode_array`, with everything else that the file holds.
 
         Also UnsupportedError above ``max_pixels``, before any work.
         """
+        if bits not in (None, 8, 16):
+            raise UsageError(f"bits must be 8 or 16, not {bits}")
         parsed = container.parse(data, max_pixels=max_pixels)
         header = parsed.header
+        bits = bits or (16 if header.deep else 8)
+        metadata = container.metadata_of(parsed.sections)
+        alpha = None
+        for section in parsed.sections:
+            if section.kind == container.ALPHA:
+                alpha = samples_at_bits(images.alpha_of(section, header.width, header.height), bits)
         key = (header.entropy_id, header.synthesis_id)
         model = self._loaded.get(key)
         if model is None:
@@ -141,8 +207,9 @@ class Codec:
         from lic import pipeline
 
         start = time.perf_counter()
-        decoded = pipeline.decode_rgb(model, parsed, progress=progress)
-        return DecodeResult(decoded.rgb, decoded.symbols_sha256, time.perf_counter() - start)
+        decoded = pipeline.decode_rgb(model, parsed, bits=bits, progress=progress)
+        picture = Picture(decoded.rgb, alpha, metadata, header.reduced)
+        return DecodeResult(picture, decoded.symbols_sha256, time.perf_counter() - start)
 
     def load_encoder(self) -> LoadedModel:
         """Load the model that encodes, once.
@@ -179,18 +246,22 @@ class Codec:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite if they are equal."""
-    error = 0
+    """Peak signal-to-noise ratio in dB of two arrays of one shape, both uint8 or both uint16.
+
+    Infinite if they are equal.
+    """
+    error, peak = 0, int(np.iinfo(a.dtype).max)
     for top in range(0, len(a), _PSNR_ROWS):
-        difference = a[top : top + _PSNR_ROWS].astype(np.int32) - b[top : top + _PSNR_ROWS]
-        error += int(np.sum(np.square(difference), dtype=np.int64))
-    return 10 * math.log10(255**2 * a.size / error) if error else math.inf
+        difference = a[top : top + _PSNR_ROWS].astype(np.int64) - b[top : top + _PSNR_ROWS]
+        error += int(np.sum(np.square(difference)))
+    return 10 * math.log10(peak**2 * a.size / error) if error else math.inf
 
 
 def encode(
-    image: Image.Image | np.ndarray,
+    image: AnyPicture,
     quality: float = DEFAULT_QUALITY,
     *,
+    strip: bool = False,
     model: str = DEFAULT_MODEL,
     device: str = "auto",
 ) -> bytes:
@@ -198,7 +269,7 @@ def encode(
 
     For several, a Codec loads the model once.
     """
-    return Codec(model, device).encode(image, quality)
+    return Codec(model, device).encode(image, quality, strip=strip)
 
 
 def decode(data: bytes, *, device: str = "auto", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit code
 
 _FORMATS = ("png", "ppm", "webp", "tiff", "jpeg", "bmp")  # lic.images.FORMATS, which imports numpy and Pillow
+_FORMATS_16 = ("png", "ppm", "tiff")  # of them, those with 16 bits per sample
 
 # name: (module, attribute, help). Imported when called, since they import torch.
 _LAZY_COMMANDS = {
@@ -282,7 +283,7 @@ in one step when they are complete. More in docs/recipes.md.
     help="One of 'lic models'.",
     shell_complete=_model_names,
 )
-@option("Coding", "--strip", is_flag=True, help="Store no metadata. (This version stores none.)")
+@option("Coding", "--strip", is_flag=True, help="Store no colour profile, EXIF and XMP.")
 @device_options
 @_max_pixels
 @_file_options
@@ -297,7 +298,7 @@ def encode(
     max_pixels: int,
     **options: Any,
 ) -> int:
-    """Encode pictures (8-bit RGB) as .lic files.
+    """Encode pictures as .lic files: RGB or gray, with or without transparency, 8 or 16 bits per sample.
 
     '-' is standard input or output. With --output-dir, any number of files and folders; a folder stands for the
     pictures in it, and names keep their place in the tree.
@@ -340,6 +341,12 @@ A damaged file gives exit code 3, one that needs a newer version or another mode
     type=click.Choice(_FORMATS),
     help="Of the output; default: OUT's suffix, png for '-' and --output-dir.",
 )
+@option(
+    "Coding",
+    "--bits",
+    type=click.Choice(("8", "16")),
+    help="Per sample of the output; default: 16 if the source had more than 8 and the format is png, ppm or tiff.",
+)
 @device_options
 @_max_pixels
 @_file_options
@@ -347,6 +354,7 @@ A damaged file gives exit code 3, one that needs a newer version or another mode
 def decode(
     paths: tuple[str, ...],
     format: str | None,
+    bits: str | None,
     device: str,
     threads: int | None,
     max_pixels: int,
@@ -373,9 +381,13 @@ def decode(
     else:
         chosen = format or "png"
         jobs = batch.many(paths, run.output_dir, f".{chosen}", (".lic",), recursive=run.recursive)
+    depth = int(bits) if bits else None
+    if depth == 16 and chosen not in _FORMATS_16:
+        raise click.UsageError(f"{chosen} holds 8 bits per sample: --bits 16 goes with {', '.join(_FORMATS_16)}")
     from lic.work import Decode
 
-    return _run_jobs(Decode(format=chosen, max_pixels=max_pixels, device=device, threads=threads), jobs, run)
+    operation = Decode(format=chosen, bits=depth, max_pixels=max_pixels, device=device, threads=threads)
+    return _run_jobs(operation, jobs, run)
 
 
 @cli.command()

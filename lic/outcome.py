@@ -110,6 +110,8 @@ class Report:
         with self._lock:
             job, failure = outcome.job, outcome.failure
             facts = {"source": job.source, "target": job.target, "ok": failure is None, **outcome.facts}
+            if notes := outcome.facts.get("notes"):
+                log.warning("%s: %s", job.source, "; ".join(notes))
             if failure is not None:
                 self.codes.append(failure.exit_code)
                 failure.tell(job.source)

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lic import files, stdio
 from lic.batch import STDIO, Job
-from lic.outcome import log
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from lic.api import Codec, DecodeResult, EncodeResult
+    from lic.images import Picture
 
 Progress: TypeAlias = Callable[[int, int], None] | None
 
@@ -43,21 +41,19 @@ class Encode:
         codec.load_encoder()
         return codec
 
-    def load(self, name: str, data: bytes) -> Image.Image:
+    def load(self, name: str, data: bytes) -> Picture:
         from lic import images
 
-        picture = images.picture_of(data, max_pixels=self.max_pixels)
-        if not self.strip and (dropped := images.metadata_of(picture)):
-            log.warning("%s: not stored by this version: %s", name, ", ".join(dropped))
-        return picture
+        return images.picture_of(data, max_pixels=self.max_pixels, strip=self.strip)
 
-    def code(self, codec: Codec, picture: Image.Image, progress: Progress = None) -> EncodeResult:
+    def code(self, codec: Codec, picture: Picture, progress: Progress = None) -> EncodeResult:
         return codec.encode_result(picture, self.quality, progress=progress)
 
-    def save(self, picture: Image.Image, result: EncodeResult) -> tuple[bytes, dict[str, Any]]:
+    def save(self, picture: Picture, result: EncodeResult) -> tuple[bytes, dict[str, Any]]:
         return result.data, {
             "width": picture.width,
             "height": picture.height,
+            "notes": list(result.notes),
             "bpp": round(8 * len(result.data) / (picture.width * picture.height), 4),
             "estimated_bytes": round(result.estimated_bits / 8, 1),
             "psnr": round(result.psnr, 2) if math.isfinite(result.psnr) else None,  # JSON has no infinity
@@ -73,6 +69,7 @@ class Decode:
     """``.lic`` files to pictures. The fields are the options of the command."""
 
     format: str
+    bits: int | None  # None: 16 if the source had more than 8 and the format holds them
     max_pixels: int
     device: str
     threads: int | None
@@ -87,16 +84,21 @@ class Decode:
         return data
 
     def code(self, codec: Codec, data: bytes, progress: Progress = None) -> DecodeResult:
-        return codec.decode_result(data, max_pixels=self.max_pixels, progress=progress)
+        from lic.images import FORMATS_16
+
+        bits = self.bits if self.format in FORMATS_16 else 8
+        return codec.decode_result(data, bits=bits, max_pixels=self.max_pixels, progress=progress)
 
     def save(self, data: bytes, result: DecodeResult) -> tuple[bytes, dict[str, Any]]:
-        from lic.images import picture_bytes
+        from lic.images import left_out, picture_bytes
         from lic.info import info_of
 
         info = info_of(data)
-        return picture_bytes(result.rgb, self.format), {
+        lost = left_out(result.picture, self.format)
+        return picture_bytes(result.picture, self.format), {
             "width": info.width,
             "height": info.height,
+            "notes": [f"{self.format} cannot hold: {', '.join(lost)}"] if lost else [],
             "bpp": round(info.bpp, 4),
             "quality": round(info.quality, 4),
             "model": info.model,

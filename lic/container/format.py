@@ -267,7 +267,7 @@ def parse_header(data: bytes) -> Index:
         raise CorruptError(f"damaged: {problem}")
     lengths = _read_array(reader, _tile_count(header) * streams)
     reader.align()
-    sections = []
+    sections: list[tuple[str, int]] = []
     if has_sections:
         count = reader.read(8)
         if count == 0:

@@ -1,6 +1,22 @@
-"""Pictures in and out: files and bytes to 8-bit RGB arrays and back. No torch."""
+"""Pictures in and out: files, bytes, Pillow's pictures and arrays to samples and back. No torch."""
 
-from lic.images.reading import PICTURE_SUFFIXES, metadata_of, picture_of, rgb_of
-from lic.images.writing import FORMATS, format_of_suffix, picture_bytes
+from lic.images.alpha import alpha_of, alpha_section, with_hidden_filled
+from lic.images.picture import Picture, samples_at_bits
+from lic.images.reading import PICTURE_SUFFIXES, picture_of, rgb_of
+from lic.images.writing import FORMATS, FORMATS_16, format_of_suffix, left_out, picture_bytes
 
-__all__ = ["FORMATS", "PICTURE_SUFFIXES", "format_of_suffix", "metadata_of", "picture_bytes", "picture_of", "rgb_of"]
+__all__ = [
+    "FORMATS",
+    "FORMATS_16",
+    "PICTURE_SUFFIXES",
+    "Picture",
+    "alpha_of",
+    "alpha_section",
+    "format_of_suffix",
+    "left_out",
+    "picture_bytes",
+    "picture_of",
+    "rgb_of",
+    "samples_at_bits",
+    "with_hidden_filled",
+]
