@@ -80,14 +80,15 @@ def picture_of_array(array: np.ndarray) -> Picture:
     Raises LicError for other arrays.
     """
     channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else 0
-    if array.dtype not in (np.uint8, np.uint16) or not 1 <= channels <= 4:
+    native = array.dtype.newbyteorder("=")
+    if native not in (np.uint8, np.uint16) or not 1 <= channels <= 4:
         shape = "x".join(str(n) for n in array.shape)
         raise LicError(
             f"an array must be uint8 or uint16 of shape (H, W) or (H, W, 1 to 4), not {array.dtype} of shape {shape}"
         )
     if array.size == 0:
         raise LicError("the picture has no pixels")
-    samples = array.reshape(*array.shape[:2], channels).astype(array.dtype.newbyteorder("="), copy=False)
+    samples = array.reshape(*array.shape[:2], channels).astype(native, copy=False)
     split = channels - 1 if channels in (2, 4) else channels
     alpha = samples[..., split] if split < channels else None
     colour = np.ascontiguousarray(samples[..., :split])

@@ -102,6 +102,9 @@ def _of_file(data: bytes, max_pixels: int) -> Picture:
 def _reasons(image: Image.Image, data: bytes) -> dict[str, Reduced]:
     """What the file has and its first frame in Pillow's 8 bits has not: notes and their kinds."""
     reasons = {}
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(284) == 2 and max(tags.get(258, (1,))) > 8:  # PlanarConfiguration, BitsPerSample: Pillow errs
+        raise LicError("a TIFF of 16 bits with a plane for each channel is not supported: convert it")
     frames = getattr(image, "n_frames", 1)
     # A JPEG of a phone may carry a second view or a gain map behind the picture (MPO): nobody misses those.
     if frames > 1 and image.format != "MPO":

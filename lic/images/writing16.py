@@ -95,10 +95,7 @@ def tiff16(picture: Picture) -> bytes:
         directory.update({tag: value for tag, value in exif.items() if tag not in _OF_THE_PIXELS})
         directory.update({tag: dict(ifd) for tag in (0x8769, 0x8825) if (ifd := exif.get_ifd(tag))})
     directory.update(tags)
-    directory[273] = 0  # where the strip is, which the length of the directory tells
-    out = io.BytesIO()
-    directory.save(out)
-    directory[273] = out.tell()
+    directory[273] = 0  # where the strip is: Pillow adds the length of what it writes
     out = io.BytesIO()
     directory.save(out)
     return out.getvalue() + strip
