@@ -43,7 +43,7 @@ def run(operation: Operation, jobs: Sequence[Job], scheduler: str, done: Done) -
     if log.level > logging.DEBUG:
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its troubles are told here, in one line
     try:
-        client = Client(scheduler, timeout="10s", set_as_default=False)
+        client = Client(scheduler, timeout="10s")
     except (OSError, TimeoutError, ValueError) as error:
         raise LicError(f"no Dask scheduler answers at {scheduler}") from error
     with client:
