@@ -19,7 +19,7 @@ from lic.images import Picture, samples_at_bits
 from lic.quality import DEFAULT_QUALITY, code_of
 
 if TYPE_CHECKING:
-    from lic.info import Info
+    from lic.inspection import Info
     from lic.model.store import LoadedModel, ModelInfo
 
 Progress = Callable[[int, int], None]
@@ -278,7 +278,7 @@ def decode(data: bytes, *, device: str = "auto", max_pixels: int = DEFAULT_MAX_P
 
 
 def info(data: bytes) -> Info:
-    """What the header of a ``.lic`` file says, without torch and model: see :func:`lic.info.info_of`."""
-    from lic.info import info_of
+    """What the header of a ``.lic`` file says, without torch and model: see :func:`lic.inspection.info_of`."""
+    from lic.inspection import info_of
 
     return info_of(data)

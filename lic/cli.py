@@ -398,7 +398,7 @@ def info(names: tuple[str, ...], as_json: bool) -> int:
     """Show the header of .lic files and the size of every section."""
 
     def work(name: str) -> None:
-        from lic.info import info_of
+        from lic.inspection import info_of
 
         facts = info_of(files.read(name))
         if as_json:

@@ -91,7 +91,7 @@ class Decode:
 
     def save(self, data: bytes, result: DecodeResult) -> tuple[bytes, dict[str, Any]]:
         from lic.images import left_out, picture_bytes
-        from lic.info import info_of
+        from lic.inspection import info_of
 
         info = info_of(data)
         lost = left_out(result.picture, self.format)

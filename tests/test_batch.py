@@ -24,7 +24,7 @@ from PIL import Image
 from lic import batch, cli, engine
 from lic.batch import Job
 from lic.errors import LicError, UsageError
-from lic.info import info_of
+from lic.inspection import info_of
 from lic.outcome import Outcome
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
