@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from lic.errors import LicError
 from lic.images import exif
@@ -99,14 +99,17 @@ def _with_pillow(picture: Picture, format: _Format) -> bytes:
     metadata = picture.metadata
     if metadata.icc:
         options["icc_profile"] = metadata.icc
-    if metadata.exif:
+    if format.name == "TIFF" and (metadata.exif or metadata.xmp):
+        options["exif"] = tags = Image.Exif()  # the one way by which Pillow takes both
+        tags.load(exif.PREFIX + (metadata.exif or b""))
+        if metadata.xmp:
+            tags[700] = metadata.xmp
+    elif metadata.exif:
         options["exif"] = exif.PREFIX + metadata.exif
     if metadata.xmp and format.name == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", metadata.xmp)
-    elif metadata.xmp and format.name == "TIFF":
-        options["tiffinfo"] = {700: metadata.xmp}
-    elif metadata.xmp:
+    elif metadata.xmp and format.name != "TIFF":
         options["xmp"] = metadata.xmp
     out = io.BytesIO()
     image.save(out, format.name, **options)
