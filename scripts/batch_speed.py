@@ -42,7 +42,9 @@ def computing(report: Path) -> float:
     return sum(json.loads(line)["seconds"] for line in report.read_text().splitlines())
 
 
-def measure(command: str, files: list[Path], folder: Path, suffix: str, jobs: int, options: list[str]) -> None:
+def measure(
+    command: str, files: list[Path], folder: Path, suffix: str, processes: int, jobs: int, options: list[str]
+) -> None:
     """A command on all files: as a batch, in processes, with --jobs."""
     names = [str(path) for path in files]
     report = folder / f"{command}.jsonl"
@@ -51,11 +53,12 @@ def measure(command: str, files: list[Path], folder: Path, suffix: str, jobs: in
     start = single - computing(first)
     batch = lic(command, *names, "--output-dir", str(folder / command), "--report", str(report), *options)
     compute = computing(report)
-    each = sum(lic(command, name, str(folder / f"one{suffix}"), *options) for name in names)
+    each = sum(lic(command, name, str(folder / f"one{suffix}"), *options) for name in names[:processes])
+    rates = len(names) / batch, len(names[:processes]) / each
     several = lic(command, *names, "--output-dir", str(folder / "jobs"), "--jobs", str(jobs), *options)
     print(
-        f"{command}: one batch {batch:.1f} s ({len(names) / batch:.2f} images/s), a process each {each:.1f} s "
-        f"({len(names) / each:.2f} images/s): {each / batch:.1f} times faster\n"
+        f"{command}: one batch {batch:.1f} s ({rates[0]:.2f} images/s), a process each {rates[1]:.2f} images/s: "
+        f"{rates[0] / rates[1]:.1f} times faster\n"
         f"{command}: computing {compute:.1f} s, start {start:.1f} s, everything else {batch - start - compute:+.1f} s "
         f"({100 * (batch - start - compute) / compute:+.0f} % of computing)\n"
         f"{command}: with --jobs {jobs} {several:.1f} s ({len(names) / several:.2f} images/s)",
@@ -67,10 +70,11 @@ def measure(command: str, files: list[Path], folder: Path, suffix: str, jobs: in
 @click.option("--pictures", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder to crop from.")
 @click.option("--count", default=50, show_default=True)
 @click.option("--side", default=256, show_default=True, help="Of the crops, in pixels.")
+@click.option("--processes", default=10, show_default=True, help="How many are also done in a process each.")
 @click.option("--jobs", default=2, show_default=True)
 @click.option("--model", default="base", show_default=True)
 @click.option("--device", default="auto", show_default=True)
-def main(pictures: Path | None, count: int, side: int, jobs: int, model: str, device: str) -> None:
+def main(pictures: Path | None, count: int, side: int, processes: int, jobs: int, model: str, device: str) -> None:
     sources = [DEMO] if pictures is None else sorted(pictures.iterdir())
     sources = [path for path in sources if path.suffix.lower() in images.PICTURE_SUFFIXES]
     if not sources:
@@ -80,8 +84,8 @@ def main(pictures: Path | None, count: int, side: int, jobs: int, model: str, de
         write_pictures(sources, folder / "in", count, side)
         print(f"{count} pictures of {side}x{side}, model {model}", flush=True)
         files = sorted((folder / "in").iterdir())
-        measure("encode", files, folder, ".lic", jobs, ["--model", model, "--device", device])
-        measure("decode", sorted((folder / "encode").iterdir()), folder, ".png", jobs, ["--device", device])
+        measure("encode", files, folder, ".lic", processes, jobs, ["--model", model, "--device", device])
+        measure("decode", sorted((folder / "encode").iterdir()), folder, ".png", processes, jobs, ["--device", device])
 
 
 if __name__ == "__main__":
