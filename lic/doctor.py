@@ -25,6 +25,7 @@ def run(write: Callable[[str], None]) -> bool:
         ("coder", _coder),
         ("weights", _weights),
         ("round trip", _round_trip),
+        ("exactness", _exactness),
     ):
         try:
             lines = list(check())
@@ -111,3 +112,21 @@ def _round_trip() -> Iterator[str]:
             raise RuntimeError(f"{model.name}: the networks give no numbers")
         bpp = 8 * len(encoded.data) / (width * height)
         yield f"{model.name}: {width}x{height}, {bpp:.2f} bpp, {encoded.psnr:.1f} dB on {codec.device}"
+
+
+def _exactness() -> Iterator[str]:
+    """The same symbols in several ways of computing them: the short form of scripts/conformance.py."""
+    from lic import conformance, pipeline
+    from lic.model import store
+    from lic.quality import DEFAULT_QUALITY, code_of
+
+    picture = synthetic_picture()
+    for info in store.available():
+        model = store.load_file(info)
+        file = conformance.decoded(model, pipeline.encode_rgb(model, picture, code_of(DEFAULT_QUALITY)).container)
+        expected = conformance.measure(model, file)
+        ways = conformance.variants(short=True)
+        found = conformance.differences(model, file, expected, ways)
+        if found:
+            raise RuntimeError(f"{info.name}: {'; '.join(found)}")
+        yield f"{info.name}: same symbols in {len(ways)} ways of computing them"

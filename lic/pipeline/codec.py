@@ -41,7 +41,7 @@ class Decoded:
     symbols_sha256: str
 
 
-class _Symbols:
+class SymbolChecks:
     """Checksums of all symbols: per tile z then y, each (C, h, w) in raster order as little-endian int32."""
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progre
     y = windows.analysis(net, rgb, grid, code)
     dequantised = torch.empty_like(y)
 
-    boxes = list(_latent_boxes(width, height, tile))
-    checks, bits, tiles = _Symbols(), 0.0, []
+    boxes = list(latent_boxes(width, height, tile))
+    checks, bits, tiles = SymbolChecks(), 0.0, []
     for done, (geometry, rows, columns) in enumerate(boxes):
         part = y[:, rows, columns]
-        known = Latents(torch.round(net.hyper_analysis(part, code)), part)
+        known = Latents(torch.round(net.hyper_analysis(part, code)), part, rounded=False)
         writer = Writer()
         coded = code_tiles(model, geometry, [quality_code], [writer], known)
         checks.add(coded.latents)
@@ -110,12 +110,12 @@ def decode_rgb(
     if (header.entropy_id, header.synthesis_id) != (model.info.entropy_id, model.info.synthesis_id):
         raise UnsupportedError(f"made with other weights: {header.model} {header.entropy_id.hex()}")
     code = torch.tensor([float(header.quality)], device=model.device)
-    boxes = list(_latent_boxes(header.width, header.height, header.tile))
+    boxes = list(latent_boxes(header.width, header.height, header.tile))
     full = _geometry(header.width, header.height)
     if header.streams != 1 + net.context.schedule.stream_of(net.context.schedule.steps(full) - 1) + 1:
         raise CorruptError(f"damaged: {header.streams} streams do not fit the model {header.model}")
     dequantised = torch.empty(1, full.height, full.width, net.config.latent, device=model.device)
-    checks = _Symbols()
+    checks = SymbolChecks()
     for done, ((geometry, rows, columns), streams) in enumerate(zip(boxes, container.tiles, strict=True)):
         coded = code_tiles(model, geometry, [header.quality], [Reader(streams)], None)
         checks.add(coded.latents)
@@ -138,7 +138,7 @@ def _geometry(width: int, height: int) -> Geometry:
     return Geometry(1, -(-height // HYPER_DOWNSAMPLING) * n, -(-width // HYPER_DOWNSAMPLING) * n)
 
 
-def _latent_boxes(width: int, height: int, tile: int) -> Iterator[tuple[Geometry, slice, slice]]:
+def latent_boxes(width: int, height: int, tile: int) -> Iterator[tuple[Geometry, slice, slice]]:
     """Geometry of each tile and its rows and columns in the latent grid of the image."""
     for x0, y0, x1, y1 in tile_boxes(width, height, tile):
         geometry = _geometry(x1 - x0, y1 - y0)

@@ -55,10 +55,11 @@ class Reader:
 
 @dataclass
 class Latents:
-    """z (B, h/4, w/4, C), integers held as float, and y (B, h, w, M): integers too, or not rounded yet."""
+    """z (B, h/4, w/4, C), integers held as float, and y (B, h, w, M): integers too if ``rounded``."""
 
     z: Tensor
     y: Tensor
+    rounded: bool
 
 
 @dataclass
@@ -76,8 +77,8 @@ def code_tiles(
 ) -> CodedTiles:
     """Code a batch of tiles of one geometry, each with its quality code and its coder.
 
-    ``known`` holds the latents for writers, y not rounded, and is None for readers. A writer rounds each step's latents
-    for the least bits + λ·distortion under the table that they get. Raises CorruptError if a reader's streams do not
+    ``known`` holds the latents for writers and is None for readers. Latents that are not rounded yet are rounded at their
+    step, for the least bits + λ·distortion under the table that they get. Raises CorruptError if a reader's streams do not
     decode.
     """
     net, device = model.net, model.device
@@ -120,8 +121,10 @@ def code_tiles(
             mean, scale = eighths / FRACTIONS, torch.exp(LOG_SCALE_0 + scale_index * LOG_SCALE_STEP)
             given = None
             if known is not None:
-                rounded = round_for_rate(schedule.take(known.y, step), mean, scale, schedule.take(weight, step))
-                given = rounded.int() - shift
+                y_known = schedule.take(known.y, step)
+                if not known.rounded:
+                    y_known = round_for_rate(y_known, mean, scale, schedule.take(weight, step))
+                given = y_known.int() - shift
             values = code_stream(1 + schedule.stream_of(step), rows, model.y_tables, given)
             y_step = (values + shift).float()
             if known is not None:
@@ -129,7 +132,7 @@ def code_tiles(
             schedule.put(y, step, y_step)
             schedule.put(dequantised, step, y_step + expected_offset(y_step, mean, scale))
             state = net.context.observe(state, step, y_step)
-    return CodedTiles(Latents(z, y), dequantised, bits)
+    return CodedTiles(Latents(z, y, rounded=True), dequantised, bits)
 
 
 def _integers(x: Tensor) -> np.ndarray:
