@@ -1,0 +1,160 @@
+"""The codec against a decoder that is written from the specification alone: both find the same symbols."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_decoder as reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lic
+
+DATA = Path(__file__).parent / "data"
+TINY = (DATA / "models" / "tiny.safetensors").read_bytes()
+BASE = Path(__file__).parent.parent / "weights" / "base.safetensors"
+GOLDEN = sorted((DATA / "golden").glob("*.lic"))
+
+
+def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
+    """uint8 (height, width, channels), (height, width) for one channel: gradients, an edge and noise."""
+    y, x, c = np.mgrid[:height, :width, :channels]
+    noise = np.random.default_rng(height * width).normal(0, 12, y.shape)
+    smooth = 2 * x + y * (c + 1) + 90 * (x > y) + noise
+    image = np.clip(smooth, 0, 255).astype(np.uint8)
+    return image[..., 0] if channels == 1 else image
+
+
+CASES = {
+    "one pixel": (picture(1, 1), 50),
+    "64x64, lowest quality": (picture(64, 64), 0),
+    "150x100": (picture(100, 150), 20),
+    "200x136": (picture(136, 200), 80),
+    "gray": (picture(70, 90, 1), 50),
+    "alpha": (picture(64, 64, 4), 30.7),
+    "noise, highest quality": (np.random.default_rng(0).integers(0, 256, (65, 64, 3), np.uint8), 100),
+    "white": (np.full((64, 128, 3), 255, np.uint8), 0),
+}
+
+
+def with_checksum(data: bytes) -> bytes:
+    return data + zlib.crc32(data).to_bytes(4, "big")
+
+
+def bits(number: int, n: int) -> str:
+    return f"{number:0{n}b}"
+
+
+def array(numbers: list[int]) -> str:
+    n = max(1, max(numbers).bit_length())
+    return bits(n - 1, 5) + "".join(bits(number, n) for number in numbers)
+
+
+def tiled(files: list[bytes], widths: list[int], height: int) -> bytes:
+    """One file of tiles of 64 pixels, side by side, from files of a picture each. height: at most 64."""
+    parts = [reference.read_container(file).streams[0] for file in files]
+    written = b"".join(
+        symbols.astype("<i4").tobytes() for file in files for symbols in reference.decode_symbols(file, TINY).tiles[0]
+    )
+    fixed = files[0][:10] + zlib.crc32(written).to_bytes(4, "big") + files[0][14:17] + bytes([files[0][17] | 1])
+    streams = [part[i] for i in range(len(parts[0])) for part in parts]
+    name = bits(4, 5) + "".join(bits(ord(letter) - ord("a"), 6) for letter in "tiny")
+    size, side, lengths = array([sum(widths) - 1, height - 1]), bits(0, 16), array([len(stream) for stream in streams])
+    variable = "0" + name + size + side + lengths
+    variable += "0" * (-len(variable) % 8)
+    return with_checksum(fixed + int(variable, 2).to_bytes(len(variable) // 8, "big") + b"".join(streams))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The golden files, one for each of CASES, a tiled one and one of the base model."""
+    codec = lic.Codec(model="tiny")
+    made = {name: codec.encode(image, quality=quality) for name, (image, quality) in CASES.items()}
+    whole = picture(50, 160)
+    made["tiled"] = tiled(
+        [codec.encode(whole[:, x : x + 64], quality=40) for x in (0, 64, 128)], widths=[64, 64, 32], height=50
+    )
+    # It has several mixers, so that it shifts windows, which the tiny model does not.
+    made["base model"] = lic.encode(picture(60, 130), quality=30, model="base")
+    folder = tmp_path_factory.mktemp("files")
+    paths = {path.name: path for path in GOLDEN}
+    for i, (name, data) in enumerate(made.items()):
+        paths[name] = folder / f"{i}.lic"
+        paths[name].write_bytes(data)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def expected(files: dict[str, Path]) -> dict[str, str]:
+    """For each of the files the SHA-256 that `lic verify` finds."""
+    command = [sys.executable, "-m", "lic", "verify", "--json", *map(str, files.values())]
+    done = subprocess.run(command, capture_output=True, timeout=300, check=True)
+    found = [json.loads(line)["symbols_sha256"] for line in done.stdout.splitlines()]
+    return dict(zip(files, found, strict=True))
+
+
+@pytest.mark.parametrize("name", [*(path.name for path in GOLDEN), *CASES, "tiled", "base model"])
+def test_same_symbols(name: str, files: dict[str, Path], expected: dict[str, str]) -> None:
+    data = files[name].read_bytes()
+    weights = BASE if lic.info(data).model == "base" else DATA / "models" / f"{lic.info(data).model}.safetensors"
+    assert reference.decode_symbols(data, weights.read_bytes()).sha256 == expected[name]
+
+
+def test_the_command(files: dict[str, Path], expected: dict[str, str]) -> None:
+    command = [sys.executable, reference.__file__, str(files["one pixel"]), str(DATA / "models" / "tiny.safetensors")]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True, text=True)
+    assert done.stdout == expected["one pixel"] + "\n"
+
+
+def test_damage_is_refused(files: dict[str, Path]) -> None:
+    data = files["alpha"].read_bytes()
+    for end in (0, 3, 17, 30, len(data) // 2, len(data) - 1):
+        with pytest.raises(reference.DamagedError):
+            reference.decode_symbols(data[:end], TINY)
+    for at in (0, 5, 12, 19, 40, len(data) // 2, len(data) - 1):
+        with pytest.raises(reference.DamagedError):
+            reference.decode_symbols(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :], TINY)
+    with pytest.raises(reference.DamagedError):
+        reference.decode_symbols(data + b"\0", TINY)
+
+
+def test_damage_behind_a_right_checksum_is_refused(files: dict[str, Path]) -> None:
+    data = files["one pixel"].read_bytes()[:-4]
+
+    def altered(at: int, flip: int) -> bytes:
+        return with_checksum(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
+
+    first = len(data) - sum(map(len, reference.read_container(with_checksum(data)).streams[0]))
+    for at in (10, 14, 16, 18, *range(first, len(data), 7)):  # symbols CRC, quality, streams, lengths, streams
+        with pytest.raises(reference.DamagedError):
+            reference.decode_symbols(altered(at, 64), TINY)
+    for at, flip in ((3, 4), (3, 1), (4, 1), (8, 1)):  # version, coder, ids
+        with pytest.raises(reference.UnsupportedError):
+            reference.decode_symbols(altered(at, flip), TINY)
+
+
+@pytest.mark.parametrize(
+    ("values", "rows", "stream"),
+    [
+        ([0, 0], [1, 1], ""),
+        ([0, -1, 1, 0, 5, -6], [0, 0, 0, 1, 0, 2], "51 f0 03"),
+        ([0, -1, 1, 0, 5, -6, 3], [0, 0, 0, 1, 0, 2, 1], "eb b4 00 1a c0 00"),
+    ],
+)
+def test_example_of_the_specification(values: list[int], rows: list[int], stream: str) -> None:
+    cdf = np.full((3, 6), 65535, np.uint16)
+    cdf[0, :4], cdf[1, :2], cdf[2, :4] = (0, 16384, 49152, 61440), (0, 65530), (0, 20000, 40000, 60000)
+    tables = reference.Tables(cdf, np.array([4, 2, 4]), np.array([-1, 0, -1]), np.array([0, 0, 2]))
+    assert reference.decode_stream(bytes.fromhex(stream), tables, rows) == values
+
+
+@given(st.integers(-(2**35), 2**35), st.integers(-70, 27))
+def test_rounding(x: int, n: int) -> None:
+    assert reference.scale(np.array([x]), n)[0] == round(x * Fraction(2) ** n)
