@@ -189,14 +189,17 @@ def test_find_takes_files_and_folders_each_once(tmp_path: Path) -> None:
         find([tmp_path / "empty"])
 
 
-def test_load_gives_upright_rgb_and_refuses_16_bits(tmp_path: Path) -> None:
+def test_load_gives_upright_8_bit_rgb_and_refuses_transparency(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate a quarter turn
     Image.fromarray(photo(20, 10)).save(tmp_path / "turned.png", exif=exif)
     assert find([tmp_path / "turned.png"])[0].load().shape == (20, 10, 3)
     save(tmp_path / "deep.png", np.arange(12, dtype=np.uint16).reshape(3, 4))
+    deep = find([tmp_path / "deep.png"])[0].load()
+    assert (deep.shape, deep.dtype) == ((3, 4, 3), np.uint8)
     (tmp_path / "text.png").write_text("not a picture")
-    for name in ("deep.png", "text.png"):
+    Image.new("RGBA", (4, 3)).save(tmp_path / "clear.png")
+    for name in ("clear.png", "text.png"):
         with pytest.raises(LicError, match=name):
             find([tmp_path / name])[0].load()
 
