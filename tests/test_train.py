@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from PIL import Image
 
 from lic.errors import LicError
 from lic.model import store
+from lic.model.codec import CodecModel
+from lic.model.config import CONFIGS
 from lic.train.cli import command
 from lic.train.data import Pictures, Pool
 from lic.train.export import export
@@ -113,15 +116,44 @@ def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> Non
     assert "made with batch 2" in str(other.exception)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) >= 2 and log[-1]["step"] > log[0]["step"]
-    export(tmp_path / "run" / "state.pt", tmp_path / "x.safetensors", name="x", data="test", rate_range=(0.1, 2.0))
+    state = tmp_path / "run" / "state.pt"
+    export(
+        state, tmp_path / "x.safetensors", calibration=[photos], name="x", data="test", rate_range=(0.1, 2.0)
+    )
     info = store.read_info(tmp_path / "x.safetensors")
     assert info.name == "x" and info.provenance["steps"] == log[-1]["step"] and info.rate_range == (0.1, 2.0)
     weights = store.load_file(info).net.state_dict()
     trainer = Trainer(SETTINGS, CPU)
     trainer.start_from(weights)
-    average, _ = averaged_model(tmp_path / "run" / "state.pt")
+    average, _ = averaged_model(state)
     for name, tensor in average.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, atol=2e-2, rtol=2e-2)
+
+
+def test_integers_in_the_loop(photos: Path, tmp_path: Path) -> None:
+    source = pictures(photos)
+    source.wait(64)
+    trainer = fresh_trainer(source, Settings(**asdict(SETTINGS) | {"exact_part": 1.0, "refine_part": 1.0}))
+    torch.nn.init.normal_(trainer.model.h_a.last.weight, std=0.1)
+    trainer.make_exact(source)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    losses = take_steps(trainer, source, 2)
+    assert np.isfinite(losses).all()
+    changed = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {f"{name}.weight" for name in trainer.model.exact_layers()} <= changed
+    trainer.save(tmp_path / "state.pt")
+    resumed = Trainer.restore(tmp_path / "state.pt", CPU)
+    assert resumed.model.exact and resumed.model.grid_bits() == trainer.model.grid_bits()
+    export(tmp_path / "state.pt", tmp_path / "x.safetensors", calibration=[], name="x", data="test", rate_range=None)
+    loaded = store.load_file(store.read_info(tmp_path / "x.safetensors"))
+    assert loaded.net.grid_bits() == trainer.model.grid_bits()
+
+
+def test_a_network_that_is_not_frozen_is_not_written(tmp_path: Path) -> None:
+    net = CodecModel(CONFIGS["tiny"])
+    with pytest.raises(ValueError, match="not frozen"):
+        store.write_model(tmp_path / "x.safetensors", net, {"provenance": {}})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

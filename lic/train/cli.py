@@ -21,6 +21,9 @@ from lic.options import device_options, verbosity_options
 @click.option("--init", type=click.Path(path_type=Path, exists=True), help="Weights file or state to start from.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
 @click.option("--frozen-part", type=float, default=0.3, show_default=True, help="First share, with a linear analysis.")
+@click.option(
+    "--exact-part", type=float, default=0.0, show_default=True, help="Last share, with the integers of the exact path."
+)
 @click.option("--refine-part", type=float, default=0.25, show_default=True, help="Last share, with the analysis fixed.")
 @click.option("--batch", type=int, default=4, show_default=True)
 @click.option("--crop", type=int, default=192, show_default=True)
@@ -81,9 +84,12 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     pictures = Pictures(list(data), target, trainer.settings.seed)
     try:
         trainer.run(pictures, minutes, state, log)
+        if dist.is_initialized():
+            dist.barrier()  # a process that leaves early takes its connections with it
     except OSError as error:
         raise LicError(f"cannot save the state: {error}") from error
     finally:
+        pictures.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

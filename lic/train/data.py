@@ -103,6 +103,7 @@ class Pictures:
         self._lock = threading.Lock()
         self._done: set[Path] = set()
         self._watch = watch
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, daemon=True)
         self._thread.start()
 
@@ -124,11 +125,18 @@ class Pictures:
             self.pools[0].add(plain)
             self.pools[1].add(scaled)
 
+    def close(self) -> None:
+        """Stop reading. A thread that lives on while the interpreter shuts down can abort the process."""
+        self._closed.set()
+        self._thread.join()
+
     _idle = False
 
     def _fill(self) -> None:
         while True:
             for path in self._pending():
+                if self._closed.is_set():
+                    return
                 self._idle = False
                 self._done.add(path)
                 try:
@@ -136,9 +144,8 @@ class Pictures:
                 except (OSError, tarfile.TarError) as error:
                     log.warning("%s: left out: %s", path, str(error).partition("\n")[0])
             self._idle = True
-            if not self._watch:
+            if not self._watch or self._closed.wait(2):
                 return
-            time.sleep(2)
 
     def _pending(self) -> list[Path]:
         found: list[Path] = []
@@ -152,6 +159,12 @@ class Pictures:
             pending = [
                 decoders.submit(decode_with_smaller, data, self._random.uniform(0.4, 0.8)) for data in read_files(path)
             ]
-            pairs = [pair for task in pending if (pair := task.result()) is not None]
+            pairs = []
+            for task in pending:
+                if self._closed.is_set():
+                    decoders.shutdown(cancel_futures=True)
+                    return
+                if (pair := task.result()) is not None:
+                    pairs.append(pair)
         with self._lock:
             self._ready.append(([plain for plain, _ in pairs], [scaled for _, scaled in pairs]))

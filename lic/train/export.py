@@ -29,7 +29,7 @@ def export(
 
     ``calibration`` are pictures that the units of the integers are fitted to; none are needed for a state that was
     trained on integers. ``data`` says what the state was trained on. Raises ValueError if a certificate fails and
-    LicError if there are no pictures.
+    LicError if there are no pictures that fit.
     """
     net, book = averaged_model(state)
     net.requires_grad_(False)
