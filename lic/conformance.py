@@ -79,7 +79,8 @@ def measure(
     for i in reversed(order) if backwards else order:
         geometry = replace(file.geometries[i], batch=batch)
         given = file.latents[i]
-        stack = Latents(*(_stack(t.to(model.device), batch, position) for t in (given.z, given.y)), rounded=True)
+        z, y = (_stack(t.to(model.device), batch, position) for t in (given.z, given.y))
+        stack = Latents(z, y, rounded=True)
         writers = [Writer() for _ in range(batch)]
         coders = [_Recorder(writer) for writer in writers]
         code_tiles(model, geometry, [file.quality] * batch, coders, stack)
@@ -165,12 +166,13 @@ def variants(short: bool = False) -> list[Variant]:
 
 @contextlib.contextmanager
 def _without_onednn() -> Iterator[None]:
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    mkldnn = torch.backends.mkldnn
+    before = mkldnn.enabled
+    mkldnn.enabled = False  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        mkldnn.enabled = before
 
 
 def differences(model: store.LoadedModel, file: File, expected: Digest, chosen: Sequence[Variant]) -> list[str]:

@@ -499,7 +499,11 @@ def test_a_real_model_passes_the_checks(tmp_path: Path, monkeypatch) -> None:
     from lic.model.config import CONFIGS
 
     torch.manual_seed(0)
-    store.write_model(tmp_path / "tiny.safetensors", CodecModel(CONFIGS["tiny"]), {"provenance": {}})
+    net = CodecModel(CONFIGS["tiny"])
+    with net.calibration(), torch.no_grad():
+        net.visit()
+    net.freeze()
+    store.write_model(tmp_path / "tiny.safetensors", net, {"provenance": {}})
     monkeypatch.setenv("LIC_MODELS", str(tmp_path))
     codec = bench_codec.open_codec("tiny", "cpu", None)
     pictures = find([save(tmp_path / "in" / "a.png", photo(70, 90))])
