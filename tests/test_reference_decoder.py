@@ -28,7 +28,7 @@ def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
     y, x, c = np.mgrid[:height, :width, :channels]
     noise = np.random.default_rng(height * width).normal(0, 12, y.shape)
     smooth = 2 * x + y * (c + 1) + 90 * (x > y) + noise
-    image = np.clip(smooth, 0, 255).astype(np.uint8)
+    image: np.ndarray = np.clip(smooth, 0, 255).astype(np.uint8)
     return image[..., 0] if channels == 1 else image
 
 
