@@ -3,8 +3,8 @@
 Usage: python scripts/conformance.py PICTURE_OR_FILE_OR_DIR... [--model base] [--qualities 10,40,80] [--crop 256]
 
 Pictures are encoded first, on every device there is. Every .lic file is then decoded, and its symbols are coded again,
-in all the ways of `lic.conformance`, on every device, and in processes that are limited to other instruction sets. Prints a
-table; exit status 1 if anything differs. `--path float` and `--path conv2d` show that the check can fail.
+in all the ways of `lic.conformance`, on every device, and in processes that are limited to other instruction sets.
+Prints a table; exit status 1 if anything differs. `--path float` and `--path conv2d` show that the check can fail.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def main(
                 sys.exit(1)
             names.append(name)
             failures[name] = len(json.loads(run.stdout))
-    click.echo(f"{len(files)} files, model {model}, path {path}, torch {torch.__version__}, devices {', '.join(loaded)}")
+    click.echo(
+        f"{len(files)} files, model {model}, path {path}, torch {torch.__version__}, devices {', '.join(loaded)}"
+    )
     for name in names:
         result = f"{failures[name]} of {len(files)} files differ" if failures[name] else "same"
         click.echo(f"{name:<34}{result}")
@@ -124,9 +126,7 @@ def _lic_files(
     return files
 
 
-def _worker(
-    model: store.LoadedModel, files: tuple[Path, ...], expected: dict[str, dict[str, str]], path: str
-) -> None:
+def _worker(model: store.LoadedModel, files: tuple[Path, ...], expected: dict[str, dict[str, str]], path: str) -> None:
     """Print the names of the files that this process computes otherwise."""
     wrong = []
     for file in files:

@@ -29,7 +29,9 @@ def main(folder: Path, model: str, qualities: str, threads: int) -> None:
     loaded = store.load(model)
     pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES]
     click.echo(f"{len(pictures)} pictures, model {model}, {threads} threads, torch {torch.__version__}")
-    click.echo(f"{'q':>5} {'float, bytes':>14} {'exact, bytes':>14} {'cost':>8} {'float, s':>10} {'exact, s':>10} {'cost':>8}")
+    click.echo(
+        f"{'q':>5} {'float, bytes':>14} {'exact, bytes':>14} {'cost':>8} {'float, s':>10} {'exact, s':>10} {'cost':>8}"
+    )
     for quality in (float(q) for q in qualities.split(",")):
         size, seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}
         for path in pictures:

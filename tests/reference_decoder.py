@@ -487,8 +487,8 @@ class GroupedMixer:
 
     def __init__(self, weights: Weights, code: int, psi: Activation) -> None:
         self.weights, self.code, self.psi = weights, code, psi
-        self.heads: int = weights.config["context_heads"]
-        self.past: list[list[tuple[Activation, Activation]]] = [[] for _ in range(weights.config["context_mixers"])]
+        self.heads: int = weights.config["context"]["heads"]
+        self.past: list[list[tuple[Activation, Activation]]] = [[] for _ in range(weights.config["context"]["mixers"])]
 
     def answer(self, g: int, features: Activation | None) -> Activation:
         """(a, b) of group g at each cell. features: those of group g - 1. To be called for each group in turn."""
@@ -518,7 +518,7 @@ class GroupedMixer:
 
     def inner(self, i: int, g: int, x: Activation) -> Activation:
         """Over the cells of a window, within group g."""
-        name, window = f"context.inner.{i}", self.weights.config["window"]
+        name, window = f"context.inner.{i}", self.weights.config["context"]["window"]
         n = self.weights.to(f"{name}.narrow", x)
         x = self.weights.sum("context.wide", x, self.weights.depthwise(f"{name}.spatial", n, "context.wide", g))
         q, k, v = self.queries_keys_values(f"{name}.attention", x)
@@ -553,7 +553,7 @@ def decode_tile(streams: list[bytes], width: int, height: int, weights: Weights,
     z = hyper_latents(streams[0], weights, code, rows, columns)
     model = GroupedMixer(weights, code, hyper_synthesis(z, weights, code))
     log2, index = (interpolate(weights.ints(f"units.{name}"), code) for name in ("log2", "index"))
-    slices: list[int] = weights.config["slices"]
+    slices: list[int] = weights.config["context"]["slices"]
     y = np.zeros((4 * rows, 4 * columns, sum(slices)), np.int64)
     seen = None
     for g, stream in enumerate(streams[1:]):
@@ -578,7 +578,7 @@ def decode_symbols(data: bytes, weights: bytes) -> Symbols:
         raise UnsupportedError("the file needs other weights")
     if model.config["system"] != "groupedmixer":
         raise UnsupportedError("the weights are of another system than groupedmixer")
-    groups = 4 * len(model.config["slices"])
+    groups = 4 * len(model.config["context"]["slices"])
     require(len(container.streams[0]) == groups + 1, "the number of streams does not fit the model")
     parts = zip(container.streams, container.tiles, strict=True)
     tiles = [decode_tile(streams, *size, model, container.quality) for streams, size in parts]

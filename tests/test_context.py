@@ -89,11 +89,11 @@ def test_schedule_covers_every_latent_once(system: str) -> None:
 
 def test_state_shapes_are_as_listed() -> None:
     context, psi, _, code, unit = random_context("groupedmixer", exact=True)
-    config = CONFIGS["tiny"]
+    options = CONFIGS["tiny"].context
     state = context.start(psi, GEOMETRY, code, unit)
     context.predict(state, 0)
-    groups = 4 * len(config.slices)
+    groups = 4 * len(options["slices"])
     cells = (GEOMETRY.batch, GEOMETRY.height // 2, GEOMETRY.width // 2, groups)
-    assert state.tokens.shape == (*cells, config.context_width)
+    assert state.tokens.shape == (*cells, options["width"])
     for cache in (state.keys, state.values):
-        assert [c.shape for c in cache] == [(*cells, config.context_width)] * config.context_mixers
+        assert [c.shape for c in cache] == [(*cells, options["width"])] * options["mixers"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -25,6 +27,7 @@ from lic.errors import LicError, UnsupportedError
 from lic.exact import (
     ACCUMULATOR,
     KERNELS,
+    MAX_BITS,
     Depthwise,
     Fixed,
     Grid,
@@ -140,7 +143,7 @@ def test_straight_through_rounding_passes_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("limit", [NARROW, WIDE])
-@pytest.mark.parametrize("largest", [1e-4, 0.9, 1.0, 1.1, 31.7, 5e4])
+@pytest.mark.parametrize("largest", [0.6, 0.9, 1.0, 1.1, 31.7, 600.0])
 def test_calibration_takes_the_finest_unit_that_fits(limit: int, largest: float) -> None:
     grid = Grid(limit)
     grid.observing = True
@@ -149,6 +152,10 @@ def test_calibration_takes_the_finest_unit_that_fits(limit: int, largest: float)
     grid.fit()
     seen = float(torch.tensor(largest))
     assert seen * 2.0**grid.bits <= limit < seen * 2.0 ** (grid.bits + 1)
+    for extreme, bits in ((1e-6, MAX_BITS), (1e9, 0)):
+        grid.largest = extreme
+        grid.fit()
+        assert grid.bits == bits
     given_unit = Grid(limit, bits=10)
     given_unit.observing = True
     given_unit(Fixed(torch.full((1,), 1e6)))
@@ -555,22 +562,22 @@ def test_features_and_predictions_learn() -> None:
 # Arithmetic of the machine
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has older switches")
 def test_exact_arithmetic_restores_the_settings() -> None:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = torch.get_float32_matmul_precision()
     try:
-        for precision, allowed in (("medium", True), ("high", False), ("highest", True)):
+        for precision in ("medium", "high", "highest"):
             torch.set_float32_matmul_precision(precision)
-            cudnn.allow_tf32 = allowed
+            set_to = [switch.fp32_precision for switch in switches]
             with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16), exact_arithmetic():
-                assert torch.get_float32_matmul_precision() == "highest"
-                assert not matmul.allow_tf32 and not cudnn.allow_tf32
+                assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
                 assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
                 raise KeyError
-            assert (torch.get_float32_matmul_precision(), cudnn.allow_tf32) == (precision, allowed)
+            assert [switch.fp32_precision for switch in switches] == set_to
+            assert torch.get_float32_matmul_precision() == precision
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
@@ -701,7 +708,7 @@ def test_rows_do_not_depend_on_kernel_threads_or_library(tiny: LoadedModel) -> N
 def assert_follows_specification(net: CodecModel, path: Path, shape: tuple[int, int], seed: int) -> None:
     """Rows of the network equal those of the oracle, which reads the weights file on its own."""
     info = read_info(path)
-    model = oracle.Model(read_arrays(path), net.config, info.grids)
+    model = oracle.Model(read_arrays(path), net.config.context, info.grids)
     z, y, code = latents(net.config, 1, shape, seed)
     expected = model.predict(z[0].long().numpy(), y[0].long().numpy(), int(code))
     for how in (rows, stepwise):
@@ -717,7 +724,11 @@ def test_other_models_follow_the_specification(tmp_path: Path) -> None:
     """Three slices, several mixers with windows that do not fit, strong weights everywhere; through a weights file."""
     torch.manual_seed(5)
     config = replace(
-        CONFIGS["tiny"], name="odd", slices=(4, 8, 12), context_mixers=3, window=4, context_heads=4, knots=3
+        CONFIGS["tiny"],
+        name="odd",
+        latent=24,
+        knots=3,
+        context={"slices": [4, 8, 12], "width": 32, "heads": 4, "mixers": 3, "window": 4},
     )
     net = CodecModel(config).eval().requires_grad_(False)
     for parameter in [*net.context.parameters(), *net.h_s.parameters()]:
@@ -852,4 +863,60 @@ def test_refused_weights_are_one_line_and_exit_code_4(
     run = lic("decode", "in.lic", "out.png")
     assert run.returncode == 4
     assert run.stdout == b"" and not (tmp_path / "out.png").exists()
-    assert len(run.stderr.splitlines()) == 1 and b"certificate" in run.stderr
+    assert len(run.stderr.splitlines()) == 1 and b"out of range" in run.stderr
+
+
+@pytest.mark.parametrize("bits", [1000, -1, 1.5, None])
+def test_units_of_activations_are_checked(tmp_path: Path, bits: object) -> None:
+    path = changed(tmp_path / "tiny.safetensors", lambda arrays, meta: meta["grids"].update({"h_s.psi": bits}))
+    with pytest.raises(UnsupportedError, match="units"):
+        load_file(read_info(path))
+
+
+def test_rows_of_zeros_freeze() -> None:
+    layer = Linear(4, 2).requires_grad_(False)
+    layer.weight.zero_()
+    layer.bias.fill_(3.0)
+    with freeze():
+        assert layer(Fixed(torch.ones(1, 4), 8, NARROW), exact_grid(WIDE, 10)).x.tolist() == [[3072, 3072]]
+
+
+def test_masked_keys_have_no_weight_below_any_logit() -> None:
+    q = Fixed(torch.full((1, 32), 511.0), 1, 511)
+    k = Fixed(torch.cat([torch.full((1, 32), -511.0), torch.zeros(1, 32)]), 2, 511)
+    v = Fixed(torch.tensor([[100.0], [-100.0]]).expand(2, 32), 3, 511)
+    assert attend(q, k, v, torch.zeros(1, 2), torch.tensor([True, False]), True).x.unique().tolist() == [100]
+    with pytest.raises(ValueError, match="coarse"):
+        attend(q._replace(bits=0), k, v, torch.zeros(1, 2), None, True)
+
+
+def test_kernel_of_a_device_without_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "_fallback", {})
+    monkeypatch.setattr(arithmetic, "_sums_are_exact", lambda device: arithmetic._kernel == "float64")
+    known_answer(torch.device("cuda"))
+    assert arithmetic.selected_kernel(torch.device("cuda:0")) == "float64"
+
+
+def test_a_program_that_has_set_the_precision_itself() -> None:
+    code = (
+        "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "from lic.exact import exact_arithmetic\n"
+        "with exact_arithmetic(): pass\n"
+        "assert torch.backends.cuda.matmul.fp32_precision == 'tf32'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_refusal_of_weights_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        load_file(read_info(changed(tmp_path / "tiny.safetensors", no_array)))
+    assert "\n" not in str(error.value)
+
+
+def test_frozen_layer_learns_twice() -> None:
+    layer = Linear(4, 2)
+    v, grid = Fixed(torch.ones(1, 4), 0, NARROW), exact_grid(WIDE, 4)
+    with torch.no_grad(), freeze():
+        layer(v, grid)
+    for _ in range(2):
+        layer(v, grid).x.sum().backward()

@@ -117,9 +117,7 @@ def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> Non
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) >= 2 and log[-1]["step"] > log[0]["step"]
     state = tmp_path / "run" / "state.pt"
-    export(
-        state, tmp_path / "x.safetensors", calibration=[photos], name="x", data="test", rate_range=(0.1, 2.0)
-    )
+    export(state, tmp_path / "x.safetensors", calibration=[photos], name="x", data="test", rate_range=(0.1, 2.0))
     info = store.read_info(tmp_path / "x.safetensors")
     assert info.name == "x" and info.provenance["steps"] == log[-1]["step"] and info.rate_range == (0.1, 2.0)
     weights = store.load_file(info).net.state_dict()

@@ -6,12 +6,26 @@ training, export and inference, `oracle` the same in int64.
 """
 
 from lic.exact.arithmetic import KERNELS, exact_arithmetic, known_answer, selected_kernel, use_kernel
-from lic.exact.fixed import ACCUMULATOR, Fixed, Grid, round_ste
-from lic.exact.layers import SLOPE, Depthwise, Linear, QualityTable, attend, freeze, interpolate, power_of_two
+from lic.exact.fixed import ACCUMULATOR, MAX_BITS, Fixed, Grid, round_ste
+from lic.exact.layers import (
+    MAX_EXPONENT,
+    SLOPE,
+    Depthwise,
+    Linear,
+    QualityTable,
+    attend,
+    freeze,
+    interpolate,
+    power_of_two,
+)
+from lic.exact.tables import MAX_LOG2
 
 __all__ = [
     "ACCUMULATOR",
     "KERNELS",
+    "MAX_BITS",
+    "MAX_EXPONENT",
+    "MAX_LOG2",
     "SLOPE",
     "Depthwise",
     "Fixed",

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,12 @@ KERNELS = ("float32", "float64", "int8")  # all give the same integers; float32 
 
 _log = logging.getLogger("lic")
 _kernel: str | None = None  # set by use_kernel
-_fallback: dict[torch.device, str] = {}  # kernel of each device that has passed the known-answer test
+_fallback: dict[str, str] = {}  # kernel of each type of device that has passed the known-answer test
 
 
 def selected_kernel(device: torch.device) -> str:
     """The kernel that sums on ``device``: what use_kernel or $LIC_EXACT_KERNEL says, else what was found to work."""
-    name = _kernel or os.environ.get("LIC_EXACT_KERNEL") or _fallback.get(device, "float32")
+    name = _kernel or os.environ.get("LIC_EXACT_KERNEL") or _fallback.get(device.type, "float32")
     if name not in KERNELS:
         raise LicError(f"LIC_EXACT_KERNEL must be one of {', '.join(KERNELS)}, not {name!r}")
     return name
@@ -43,16 +44,20 @@ def use_kernel(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Switch off everything that computes float32 products with fewer bits, for the block."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32)
-    torch.set_float32_matmul_precision("highest")
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    off: Any
+    torch_backends: Any = torch.backends
+    backends, switch, off = [torch_backends.cuda.matmul], "allow_tf32", False  # before torch 2.9
+    if hasattr(torch_backends.cuda.matmul, "fp32_precision"):
+        backends, switch, off = [torch_backends.cuda.matmul, torch_backends.mkldnn.matmul], "fp32_precision", "ieee"
+    before = [getattr(backend, switch) for backend in backends]
+    for backend in backends:
+        setattr(backend, switch, off)
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32 = before[1]
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, switch, value)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
@@ -83,16 +88,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def known_answer(device: torch.device) -> None:
-    """Test once a process and device that integer sums up to 2**24 - 1 come out right.
+    """Test once a process and type of device that integer sums up to 2**24 - 1 come out right.
 
     If float32 fails, float64 (exact to 2**53) takes its place, and -v says so. Raises LicError if that fails too.
     """
-    if device in _fallback:
+    if device.type in _fallback:
         return
     for kernel in ("float32", "float64"):
         with use_kernel(kernel):
             if _sums_are_exact(device):
-                _fallback[device] = kernel
+                _fallback[device.type] = kernel
                 if kernel != "float32":
                     _log.info("float32 sums are not exact on %s: using float64 for the entropy path", device)
                 return

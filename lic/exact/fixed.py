@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+MAX_BITS = 16  # of a grid
 ACCUMULATOR = 1 << 24  # float32 holds every integer up to it: no partial sum may reach it
 
 
@@ -74,7 +75,8 @@ class Grid(nn.Module):
     def fit(self) -> None:
         """Choose the unit for the magnitudes seen, unless it was given."""
         if self.calibrated:
-            self.bits = math.floor(math.log2(self.limit / max(self.largest, 1e-6)))
+            bits = math.floor(math.log2(self.limit / max(self.largest, 1e-6)))
+            self.bits = min(max(bits, 0), MAX_BITS)
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from lic.exact.tables import EXP, EXP_LIMIT, LOGIT_BITS
 from lic.quality import MAX_CODE
 
 WEIGHT_LIMIT = 127
+MAX_EXPONENT = 31  # of weights
 SLOPE = 0.125  # of LeakyReLU
 
 
@@ -66,24 +67,25 @@ class Linear(nn.Linear):
         elif self._prepared is not None and self._prepared[0] == key and self._prepared[1].weight.device == v.x.device:
             return self._prepared[1]
         else:
-            exponent = self.exponent.to(v.x.device)
+            exponent = self.exponent.to(v.x.device, torch.int32)
             if not self._is_certified(exponent, v):
                 raise ValueError("weights of the exact path break their certificate")
         weight = round_ste(self.weight * power_of_two(exponent)[:, None]).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
         bias = round_ste(self.bias * power_of_two(exponent + v.bits))
         scale = power_of_two(grid.bits - v.bits - exponent)
         prepared = Prepared(weight * scale[:, None], bias * scale, scale)
-        if self.exponent is not None:
+        if self.exponent is not None and not self.weight.requires_grad:
             self._prepared = (key, prepared)
         return prepared
 
     @torch.no_grad()
     def _choose_exponent(self, v: Fixed) -> Tensor:
         """The largest exponent for each output at which weights have 8 bits and the certificate holds."""
-        exponent = exponent_of(self.weight.abs().amax(dim=1))
-        for _ in range(8):
-            exponent = exponent - (~self._holds(exponent, v)).int()
-        return exponent
+        size = self.weight.abs()
+        total = v.limit * size.sum(dim=1) + self.bias.abs() * 2.0**v.bits
+        rounding = v.limit * self.in_features / 2 + 1  # that the integers can add
+        certified = torch.floor(torch.log2((ACCUMULATOR - rounding) / total.clamp(min=2.0**-40))).int()
+        return torch.minimum(exponent_of(size.amax(dim=1)), certified).clamp(min=0)
 
     def _is_certified(self, exponent: Tensor, v: Fixed) -> bool:
         return bool(self._holds(exponent, v).all())
@@ -122,7 +124,7 @@ class Depthwise(nn.Module):
                 with torch.no_grad():
                     exponent = exponent_of(weight.abs().amax(dim=(-3, -2)))
             else:
-                exponent = self.exponent.to(v.x.device)
+                exponent = self.exponent.to(v.x.device, torch.int32)
             step = power_of_two(exponent)[..., None, None, :]
             integers = round_ste(weight * step).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
             if freezing() and self.exponent is None:
@@ -221,11 +223,13 @@ def attend(q: Fixed, k: Fixed, v: Fixed, bias: Tensor, mask: Tensor | None, exac
         return Fixed(torch.softmax(logits, dim=-1).to(v.x.dtype) @ v.x)
     if max(q.limit * k.limit * q.x.shape[-1], EXP_LIMIT * v.limit * k.x.shape[-2]) >= ACCUMULATOR:
         raise ValueError("attention over so many keys or channels breaks the certificate")
+    if q.bits + k.bits + scale_bits < LOGIT_BITS:
+        raise ValueError("queries and keys are too coarse")
     products = arithmetic.matmul(q.x, k.x.transpose(-1, -2))
     logits = round_ste(products * 2.0 ** (LOGIT_BITS - q.bits - k.bits - scale_bits))
     logits = logits + round_ste(bias * 2.0**LOGIT_BITS)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -float(ACCUMULATOR))
+        logits = logits.masked_fill(~mask, -(2.0**40))
     below = (logits.amax(dim=-1, keepdim=True).detach() - logits).clamp(max=len(EXP) - 1)
     table = torch.as_tensor(EXP, device=below.device, dtype=below.dtype)
     weight = table[below.detach().long()]
@@ -237,8 +241,8 @@ def attend(q: Fixed, k: Fixed, v: Fixed, bias: Tensor, mask: Tensor | None, exac
 
 
 def exponent_of(largest: Tensor) -> Tensor:
-    """Exponents (int32) at which numbers up to ``largest`` become integers up to WEIGHT_LIMIT."""
-    return torch.floor(torch.log2(WEIGHT_LIMIT / largest.clamp(min=2.0**-40))).int()
+    """Exponents (int32) at which numbers up to ``largest`` become integers up to WEIGHT_LIMIT; 0 to MAX_EXPONENT."""
+    return torch.floor(torch.log2(WEIGHT_LIMIT / largest.clamp(min=2.0**-40))).int().clamp(0, MAX_EXPONENT)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

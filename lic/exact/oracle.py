@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lic.exact.tables import EXP, EXP2, LOG
-from lic.model.config import Config
 from lic.quality import MAX_CODE
 
 Array = npt.NDArray[np.int64]
@@ -188,14 +187,18 @@ class Model:
     group and window by window, without padding, masks or caches.
     """
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], config: Config, grids: Mapping[str, int]) -> None:
-        self.arrays, self.config, self.grids = arrays, config, grids
+    def __init__(
+        self, arrays: Mapping[str, npt.NDArray[Any]], options: Mapping[str, Any], grids: Mapping[str, int]
+    ) -> None:
+        """``options`` are ``context`` of the configuration."""
+        self.arrays, self.grids = arrays, grids
+        self.options = options
 
     def predict(self, z: Array, y: Array, code: int) -> tuple[Array, Array]:
         """z (h/4, w/4, hyper_latent), y (h, w, M) -> mean in eighths and index of the scale, (h, w, M)."""
         log2, index = (self._at(code, self.arrays[f"units.{name}"]) for name in ("log2", "index"))
         psi = self._hyper_synthesis(z, code)
-        slices = np.split(np.arange(y.shape[-1]), np.cumsum(self.config.slices)[:-1])
+        slices = np.split(np.arange(y.shape[-1]), np.cumsum(self.options["slices"])[:-1])
         groups = [(s, channels, i, j) for s, channels in enumerate(slices) for i, j in PHASES]
         wide, tokens = "context.wide", []
         for g, (s, _, i, j) in enumerate(groups):
@@ -208,7 +211,7 @@ class Model:
                 known = Activation(features(y[i::2, j::2, channels], log2[channels]), 7)
                 token = self._sum(wide, token, self._linear(f"context.embed.{t}", known, wide))
             tokens.append(token)
-        for number in range(self.config.context_mixers):
+        for number in range(self.options["mixers"]):
             tokens = [self._inner(number, g, token) for g, token in enumerate(tokens)]
             tokens = self._cross(f"context.cross.{number}", tokens)
         eighths, scale_index = np.zeros_like(y), np.zeros_like(y)
@@ -244,7 +247,7 @@ class Model:
         x = self._sum(wide, x, spatial)
         q, k, v = self._project(f"{name}.attention", x)
         height, width = x.x.shape[:2]
-        side = self.config.window
+        side = self.options["window"]
         first = -(side // 2) if number % 2 else 0
         y = np.zeros_like(x.x)
         for top in range(first, height, side):
@@ -283,7 +286,7 @@ class Model:
 
     def _heads(self, x: Array) -> Array:
         """(..., d) -> (heads, positions, d/heads)."""
-        return x.reshape(-1, self.config.context_heads, x.shape[-1] // self.config.context_heads).swapaxes(0, 1)
+        return x.reshape(-1, self.options["heads"], x.shape[-1] // self.options["heads"]).swapaxes(0, 1)
 
     def _to(self, grid: str, a: Activation) -> Activation:
         return Activation(rescale(a.x, a.bits, self.grids[grid], _limit(grid)), self.grids[grid])

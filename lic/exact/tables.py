@@ -22,6 +22,7 @@ LOG: npt.NDArray[np.int64] = np.rint(2**LOG_BITS * np.log1p(8 * np.arange(RATIO_
 """LOG[i] = 128·ln(1 + 8·i/1024)."""
 
 EXP2_INDEX_BITS, EXP2_BITS = 12, 14
+MAX_LOG2 = 16 << EXP2_INDEX_BITS  # magnitude of the logarithm of a unit
 _EXPONENTS = EXP2_BITS + np.arange(1 << EXP2_INDEX_BITS) / 2**EXP2_INDEX_BITS
 EXP2: npt.NDArray[np.int64] = np.rint(np.exp2(_EXPONENTS)).astype(np.int64)
 """EXP2[i] = 2**(14 + i/4096): mantissas of powers of two."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lic.coder import SCALES
-from lic.exact import Depthwise, Grid, Linear, QualityTable, freeze, interpolate, round_ste
+from lic.exact import MAX_BITS, Depthwise, Grid, Linear, QualityTable, freeze, interpolate, round_ste
 from lic.exact.tables import EXP2_INDEX_BITS
 from lic.model.config import Config
 from lic.model.context import Prediction, Unit, make_context
@@ -74,7 +74,7 @@ class CodecModel(nn.Module):
     def set_grid_bits(self, bits: dict[str, int]) -> None:
         """Raises ValueError if they are not those of this network's grids."""
         grids = self.grids()
-        if set(grids) != set(bits):
+        if set(grids) != set(bits) or not all(type(b) is int and 0 <= b <= MAX_BITS for b in bits.values()):
             raise ValueError("the units of activations are not those of the network")
         for name, grid in grids.items():
             grid.bits = bits[name]

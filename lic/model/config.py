@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 DOWNSAMPLING = 16  # pixels per latent position, one side
@@ -11,27 +12,19 @@ HYPER_DOWNSAMPLING = 64  # pixels per hyper-latent position, one side: images ar
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of one model; ``system`` names the context model (a module of ``lic.model.context``)."""
+    """Sizes of one model; ``system`` names the context model, ``context`` holds the options of that system."""
 
     name: str = "base"
-    system: str = "groupedmixer"
-    slices: tuple[int, ...] = (80, 240)  # latent channels of each slice, in order of energy
+    latent: int = 320  # channels of y
     widths: tuple[int, int, int] = (80, 160, 256)  # transform widths at 1/4, 1/8 and 1/16
     depths: tuple[int, int, int] = (2, 3, 3)  # transform blocks at 1/4, 1/8 and 1/16
     hyper_latent: int = 96  # channels of z
     hyper_width: int = 256
     psi: int = 256  # hyperprior features per latent position
-    context_width: int = 256
-    context_heads: int = 8
-    context_mixers: int = 3  # pairs of inner-group and cross-group mixers
-    window: int = 8  # side of the inner-group attention windows, in cells of 32x32 pixels
     knots: int = 17  # entries of every table over quality
     hyper_buckets: int = 8  # quality buckets of the prior of z
-
-    @property
-    def latent(self) -> int:
-        """Channels of y."""
-        return sum(self.slices)
+    system: str = "groupedmixer"
+    context: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,20 +40,17 @@ class Config:
 
 
 CONFIGS = {
-    "base": Config(),
+    "base": Config(context={"slices": [80, 240], "width": 256, "heads": 8, "mixers": 3, "window": 8}),
     "tiny": Config(
         name="tiny",
-        slices=(16, 32),
+        latent=48,
         widths=(16, 24, 32),
         depths=(1, 1, 1),
         hyper_latent=16,
         hyper_width=32,
         psi=32,
-        context_width=32,
-        context_heads=2,
-        context_mixers=1,
-        window=4,
         knots=5,
         hyper_buckets=2,
+        context={"slices": [16, 32], "width": 32, "heads": 2, "mixers": 1, "window": 4},
     ),
 }

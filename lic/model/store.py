@@ -157,7 +157,8 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
             raise ValueError("its contents do not match its identity")
         net = _network(info, arrays, device)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
-        raise UnsupportedError(f"{info.path}: damaged or incompatible weights: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UnsupportedError(f"{info.path}: damaged or incompatible weights: {reason}") from error
     return LoadedModel(info, net, tables["y"], tables["z"], device)
 
 
@@ -181,9 +182,14 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
         state[name] = torch.from_numpy(full)
     net.load_state_dict(state)
     for name, layer in net.exact_layers().items():
-        layer.exponent = torch.from_numpy(arrays[f"{name}.weight{EXPONENT}"])
+        exponent = arrays[f"{name}.weight{EXPONENT}"]
+        if exponent.min() < 0 or exponent.max() > exact.MAX_EXPONENT or arrays[f"{name}.weight"].min() < -127:
+            raise ValueError("its weights or their exponents are out of range")
+        layer.exponent = torch.from_numpy(exponent)
     net.set_grid_bits(info.grids)
     log2, index = (torch.from_numpy(arrays[f"units.{name}"]) for name in ("log2", "index"))
+    if int(log2.abs().max()) > exact.MAX_LOG2:
+        raise ValueError("a unit of its latents is out of range")
     net.unit_tables = log2, index
     net.set_exact(True)
     net.eval().requires_grad_(False)

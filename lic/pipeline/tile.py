@@ -77,9 +77,9 @@ def code_tiles(
 ) -> CodedTiles:
     """Code a batch of tiles of one geometry, each with its quality code and its coder.
 
-    ``known`` holds the latents for writers and is None for readers. Latents that are not rounded yet are rounded at their
-    step, for the least bits + λ·distortion under the table that they get. Raises CorruptError if a reader's streams do not
-    decode.
+    ``known`` holds the latents for writers and is None for readers. Latents that are not rounded yet are rounded at
+    their step, for the least bits + λ·distortion under the table that they get. Raises CorruptError if a reader's
+    streams do not decode.
     """
     net, device = model.net, model.device
     config, schedule = net.config, net.context.schedule

@@ -9,6 +9,7 @@ kernels that give each group its own neighbourhood.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,10 +26,32 @@ ATTENTION = 511  # limit of queries, keys and values: 10 bits
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # row and column inside a cell, in coding order
 
 
+@dataclass(frozen=True)
+class Options:
+    """``context`` of the configuration."""
+
+    slices: Sequence[int]  # latent channels of each slice, in order of energy
+    width: int
+    heads: int
+    mixers: int  # pairs of inner-group and cross-group mixers
+    window: int  # side of the inner-group attention windows, in cells of 32x32 pixels
+
+    @classmethod
+    def of(cls, config: Config) -> Options:
+        """Raises ValueError for options that do not exist or do not fit."""
+        try:
+            options = cls(**config.context)
+        except TypeError as error:
+            raise ValueError(f"options of groupedmixer: {error}") from None
+        if sum(options.slices) != config.latent:
+            raise ValueError(f"slices of {sum(options.slices)} channels for latents of {config.latent}")
+        return options
+
+
 class GroupSchedule:
     """Channel slices x 4 spatial phases, slice-major; one stream a step."""
 
-    def __init__(self, slices: tuple[int, ...]) -> None:
+    def __init__(self, slices: Sequence[int]) -> None:
         edges = [sum(slices[:i]) for i in range(len(slices) + 1)]
         self.channels = [slice(a, b) for a, b in pairwise(edges)]
 
@@ -72,10 +95,10 @@ class GroupedMixerState:
 class Attention(nn.Module):
     """What both mixers share: queries, keys and values of a residual sum, and the way back."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, options: Options) -> None:
         super().__init__()
-        width = config.context_width
-        self.heads = config.context_heads
+        width = options.width
+        self.heads = options.heads
         self.narrow = Grid(NARROW)
         self.q, self.k, self.v = (Linear(width, width) for _ in range(3))
         self.q_grid, self.k_grid, self.v_grid = (Grid(ATTENTION) for _ in range(3))
@@ -91,17 +114,17 @@ class InnerMixer(nn.Module):
 
     index: Tensor  # (window², window²): entry of the table of relative positions for query and key
 
-    def __init__(self, config: Config, groups: int, shifted: bool) -> None:
+    def __init__(self, options: Options, groups: int, shifted: bool) -> None:
         super().__init__()
-        width = config.context_width
-        self.window = config.window
-        self.shift = config.window // 2 if shifted else 0
+        width = options.width
+        self.window = options.window
+        self.shift = options.window // 2 if shifted else 0
         self.narrow = Grid(NARROW)
         self.spatial = Depthwise(width, groups)
         nn.init.normal_(self.spatial.weight, std=0.05)
-        self.attention = Attention(config)
+        self.attention = Attention(options)
         side = 2 * self.window - 1
-        self.bias = nn.Parameter(torch.zeros(side * side, config.context_heads))
+        self.bias = nn.Parameter(torch.zeros(side * side, options.heads))
         position = torch.arange(self.window**2)
         row, column = position // self.window, position % self.window
         index = (row[:, None] - row + self.window - 1) * side + column[:, None] - column + self.window - 1
@@ -150,11 +173,11 @@ class InnerMixer(nn.Module):
 class CrossMixer(nn.Module):
     """Attention at the same cell to the groups up to the token's own, feed-forward."""
 
-    def __init__(self, config: Config, groups: int) -> None:
+    def __init__(self, options: Options, groups: int) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        self.bias = nn.Parameter(torch.zeros(config.context_heads, groups, groups))
-        self.feed = FeedForward(config.context_width)
+        self.attention = Attention(options)
+        self.bias = nn.Parameter(torch.zeros(options.heads, groups, groups))
+        self.feed = FeedForward(options.width)
 
     def forward(self, x: Fixed, first: int, wide: Grid, cache: tuple[Tensor, Tensor] | None) -> Fixed:
         """x (B, H, W, n, d): tokens of groups first..; cache: keys and values of all groups, which receive theirs."""
@@ -177,18 +200,19 @@ class GroupedMixer(Context):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.schedule: GroupSchedule = GroupSchedule(config.slices)
-        groups, width = self.schedule.groups, config.context_width
+        options = Options.of(config)
+        self.schedule: GroupSchedule = GroupSchedule(options.slices)
+        groups, width = self.schedule.groups, options.width
         self.wide, self.narrow = Grid(WIDE), Grid(NARROW)
-        self.embed = nn.ModuleList(Linear(2 * c, width) for c in config.slices)
-        self.psi = nn.ModuleList(Linear(config.psi, width) for _ in config.slices)
+        self.embed = nn.ModuleList(Linear(2 * c, width) for c in options.slices)
+        self.psi = nn.ModuleList(Linear(config.psi, width) for _ in options.slices)
         self.group = nn.Parameter(torch.randn(groups, width) * 0.1)
         self.quality = QualityTable(config.knots, width)
-        pairs = range(config.context_mixers)
-        self.inner = nn.ModuleList(InnerMixer(config, groups, shifted=i % 2 == 1) for i in pairs)
-        self.cross = nn.ModuleList(CrossMixer(config, groups) for _ in pairs)
+        pairs = range(options.mixers)
+        self.inner = nn.ModuleList(InnerMixer(options, groups, shifted=i % 2 == 1) for i in pairs)
+        self.cross = nn.ModuleList(CrossMixer(options, groups) for _ in pairs)
         # Step 0 predicts each channel's own standard deviation.
-        self.head = nn.ModuleList(near_zero(Linear(width, 2 * c)) for c in config.slices)
+        self.head = nn.ModuleList(near_zero(Linear(width, 2 * c)) for c in options.slices)
 
     def start(self, psi: Fixed, geometry: Geometry, code: Tensor, unit: Unit) -> GroupedMixerState:
         tokens = []
