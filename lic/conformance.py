@@ -67,6 +67,14 @@ def decoded(model: store.LoadedModel, container: Container) -> File:
     return File(header.quality, geometries, streams, latents)
 
 
+def streams_of(model: store.LoadedModel, file: File) -> list[tuple[bytes, ...]]:
+    """The streams of each tile, coded again from the latents."""
+    writers = [Writer() for _ in file.latents]
+    for geometry, latents, writer in zip(file.geometries, file.latents, writers, strict=True):
+        code_tiles(model, geometry, [file.quality], [writer], latents)
+    return [tuple(writer.streams) for writer in writers]
+
+
 def measure(
     model: store.LoadedModel, file: File, *, batch: int = 1, position: int = 0, backwards: bool = False
 ) -> Digest:
