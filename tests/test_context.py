@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from lic.exact import Fixed
 from lic.model.codec import CodecModel
-from lic.model.config import CONFIGS
+from lic.model.config import CONFIGS, Config
 from lic.model.context import SYSTEMS, Geometry, Unit, make_context
 
 GEOMETRY = Geometry(2, 12, 20)  # 6 x 10 cells: more than one window each way, and not a multiple of it
 
 
+OPTIONS: dict[str, dict[str, Any]] = {"groupedmixer": dict(CONFIGS["tiny"].context)}  # of a small model of each system
+
+
+def config_of(system: str) -> Config:
+    return replace(CONFIGS["tiny"], system=system, context=OPTIONS[system])
+
+
 def random_context(system: str, exact: bool):
     """A context model with random weights in all its layers, and inputs for it; in float64 unless exact."""
     torch.manual_seed(3)
-    config = CONFIGS["tiny"]
-    assert config.system == system
+    config = config_of(system)
     net = CodecModel(config).eval().requires_grad_(False)
     for parameter in [*net.context.parameters(), *net.h_s.parameters()]:
         parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -75,7 +84,7 @@ def test_later_symbols_never_reach_earlier_parameters(system: str) -> None:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_schedule_covers_every_latent_once(system: str) -> None:
-    schedule = make_context(CONFIGS["tiny"]).schedule
+    schedule = make_context(config_of(system)).schedule
     shape = (1, 8, 12, CONFIGS["tiny"].latent)
     seen = torch.zeros(shape)
     y = torch.randn(shape)
