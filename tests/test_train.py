@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +145,30 @@ def test_integers_in_the_loop(photos: Path, tmp_path: Path) -> None:
     export(tmp_path / "state.pt", tmp_path / "x.safetensors", calibration=[], name="x", data="test", rate_range=None)
     loaded = store.load_file(store.read_info(tmp_path / "x.safetensors"))
     assert loaded.net.grid_bits() == trainer.model.grid_bits()
+
+
+def test_context_model_alone(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pictures(photos)
+    source.wait(64)
+    whole = fresh_trainer(source)
+    smaller = dict(CONFIGS["tiny"].context) | {"slices": [8, 8, 32], "mixers": 2}
+    monkeypatch.setitem(CONFIGS, "other", replace(CONFIGS["tiny"], name="other", context=smaller))
+    trainer = Trainer(replace(SETTINGS, model="other", part="context"), CPU)
+    trainer.start_from(whole.model.state_dict())
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    x, code = trainer.sample(source, 8, 64)
+    with torch.no_grad():
+        bits = trainer.model.rate(x, code).y_bits.sum()
+    take_steps(trainer, source, 20)
+    changed = {k.partition(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"context"}
+    with torch.no_grad():
+        assert trainer.model.rate(x, code).y_bits.sum() < bits
+    again = Trainer(replace(SETTINGS, model="other", part="context"), CPU)
+    again.start_from(trainer.model.state_dict())
+    assert torch.equal(again.model.state_dict()["context.group"], trainer.model.state_dict()["context.group"])
+    with pytest.raises(RuntimeError):
+        Trainer(replace(SETTINGS, model="other"), CPU).start_from(whole.model.state_dict())
 
 
 def test_a_network_that_is_not_frozen_is_not_written(tmp_path: Path) -> None:

@@ -169,6 +169,25 @@ class CodecModel(nn.Module):
         with torch.autocast(z.device.type, enabled=torch.is_autocast_enabled(z.device.type) and not self.exact):
             return self.context.teacher(self.h_s(z, code), y_hat, code, self.unit(code))
 
+    def rate(self, x: Tensor, code: Tensor) -> Forward:
+        """Training pass of the context model alone, as a density model of the other parts' latents.
+
+        These are rounded as the encoder does it. x_hat is x: there is no reconstruction.
+        """
+        with torch.no_grad():
+            y = self.analysis(x, code)
+            z = torch.round(self.hyper_analysis(y, code))
+            y_hat = self.rounded(y, z, code)
+        p = self.predict(z, y_hat, code)
+        bits = gaussian_bits(y_hat, p.mean, p.scale)
+        return Forward(x, bits.sum(dim=(1, 2, 3)), self.prior.bits(z, code).sum(dim=(1, 2, 3)).detach())
+
+    @torch.no_grad()
+    def rounded(self, y: Tensor, z: Tensor, code: Tensor) -> Tensor:
+        """y rounded for rate, with the context of plainly rounded latents."""
+        p = self.predict(torch.round(z), torch.round(y), code)
+        return round_for_rate(y, p.mean, p.scale, self.distortion_weight(code)[:, None, None])
+
     def forward(
         self, x: Tensor, code: Tensor, *, frozen_latents: bool = False, optimised_rounding: bool = False
     ) -> Forward:
@@ -187,10 +206,7 @@ class CodecModel(nn.Module):
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))
         if optimised_rounding:
-            with torch.no_grad():
-                p = self.predict(torch.round(z), y_hat, code)
-                weight = self.distortion_weight(code)[:, None, None]
-                y_hat = round_for_rate(y, p.mean, p.scale, weight)
+            y_hat = self.rounded(y, z, code)
         p = self.predict(round_ste(z), y_hat, code)
         mean, scale = p.mean, p.scale
         y_bits = gaussian_bits(y_hat.detach(), mean, scale)

@@ -18,6 +18,13 @@ from lic.options import device_options, verbosity_options
 @click.option("--minutes", type=float, required=True, help="Length of this slice.")
 @click.option("--schedule-minutes", type=float, help="Length of the whole run (default: this slice).")
 @click.option("--model", default="base", show_default=True, help="Configuration of a new run.")
+@click.option(
+    "--part",
+    type=click.Choice(["all", "context"]),
+    default="all",
+    show_default=True,
+    help="What to train: everything, or the context model alone on the latents of --init.",
+)
 @click.option("--init", type=click.Path(path_type=Path, exists=True), help="Weights file or state to start from.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
 @click.option("--frozen-part", type=float, default=0.3, show_default=True, help="First share, with a linear analysis.")
@@ -65,6 +72,8 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
             if explicit and given[name] != getattr(trainer.settings, name):
                 raise LicError(f"{state} was made with {name} {getattr(trainer.settings, name)}, not {given[name]}")
     else:
+        if settings["part"] == "context" and init is None:
+            raise LicError("--part context needs the other parts: give --init")
         trainer = Trainer(Settings(schedule_minutes=schedule_minutes or minutes, **settings), target)
         if init is not None:
             if init.suffix == ".pt":

@@ -40,6 +40,7 @@ class Settings:
     """One run. Progress through it is trained time over ``schedule_minutes``."""
 
     model: str = "base"
+    part: str = "all"  # or "context": the context model alone, as a density model of latents that stay as they are
     schedule_minutes: float = 120.0
     learning_rate: float = 1e-3
     warm_up_steps: int = 200
@@ -65,12 +66,17 @@ class Trainer:
         self.settings, self.device = settings, device
         if settings.model not in CONFIGS:
             raise LicError(f"no configuration named {settings.model!r}; there are: {', '.join(CONFIGS)}")
+        if settings.part not in ("all", "context"):
+            raise LicError(f"the part to train must be all or context, not {settings.part!r}")
         if min(settings.batch, settings.late_batch) < 2:
             raise LicError("a batch needs two crops at least: of pictures as they are, and of scaled ones")
         if settings.crop % HYPER_DOWNSAMPLING or settings.late_crop % HYPER_DOWNSAMPLING:
             raise LicError(f"the sides of crops must be multiples of {HYPER_DOWNSAMPLING}")
         torch.manual_seed(settings.seed)
         self.model = CodecModel(CONFIGS[settings.model]).to(device)
+        if settings.part == "context":
+            self.model.requires_grad_(False)
+            self.model.context.requires_grad_(True)
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.generator = torch.Generator(device).manual_seed(settings.seed + 1000 * self.rank)
         self.optimizer = torch.optim.AdamW(
@@ -128,7 +134,14 @@ class Trainer:
         return trainer
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew."""
+        """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew.
+
+        A context model that is trained alone begins anew if the weights are those of another one.
+        """
+        own = self.model.state_dict()
+        shapes = [{k: v.shape for k, v in d.items() if k.startswith("context.")} for d in (own, weights)]
+        if self.settings.part == "context" and shapes[0] != shapes[1]:
+            weights = {k: own[k] if k.startswith("context.") else weights[k] for k in own}
         self.model.load_state_dict(weights)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
@@ -209,7 +222,10 @@ class Trainer:
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, MSE, 1)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            out = self.model(x, code, frozen_latents=frozen, optimised_rounding=refine)
+            if self.settings.part == "context":
+                out = self.model.rate(x, code)
+            else:
+                out = self.model(x, code, frozen_latents=frozen, optimised_rounding=refine)
         pixels = x.shape[1] * x.shape[2]
         bpp = (out.y_bits + out.z_bits) / pixels
         mse = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
@@ -291,9 +307,11 @@ def _parameter_groups(model: CodecModel) -> list[dict[str, Any]]:
     for name, group in groups.items():
         group |= {"name": name, "params": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         part = name.partition(".")[0]
         groups[part if part in groups else "networks"]["params"].append(parameter)
-    return list(groups.values())
+    return [group for group in groups.values() if group["params"]]
 
 
 def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
