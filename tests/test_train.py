@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import DATA
 from PIL import Image
 
-from lic.errors import LicError
+from lic.errors import LicError, UnsupportedError
 from lic.model import store
 from lic.model.codec import CodecModel
 from lic.model.config import CONFIGS
@@ -117,7 +119,15 @@ def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> Non
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) >= 2 and log[-1]["step"] > log[0]["step"]
     state = tmp_path / "run" / "state.pt"
-    export(state, tmp_path / "x.safetensors", calibration=[photos], name="x", data="test", rate_range=(0.1, 2.0))
+    export(
+        state,
+        tmp_path / "x.safetensors",
+        calibration=[photos],
+        shared_from=None,
+        name="x",
+        data="test",
+        rate_range=(0.1, 2.0),
+    )
     info = store.read_info(tmp_path / "x.safetensors")
     assert info.name == "x" and info.provenance["steps"] == log[-1]["step"] and info.rate_range == (0.1, 2.0)
     weights = store.load_file(info).net.state_dict()
@@ -142,19 +152,22 @@ def test_integers_in_the_loop(photos: Path, tmp_path: Path) -> None:
     trainer.save(tmp_path / "state.pt")
     resumed = Trainer.restore(tmp_path / "state.pt", CPU)
     assert resumed.model.exact and resumed.model.grid_bits() == trainer.model.grid_bits()
-    export(tmp_path / "state.pt", tmp_path / "x.safetensors", calibration=[], name="x", data="test", rate_range=None)
+    target = tmp_path / "x.safetensors"
+    export(tmp_path / "state.pt", target, calibration=[], shared_from=None, name="x", data="test", rate_range=None)
     loaded = store.load_file(store.read_info(tmp_path / "x.safetensors"))
     assert loaded.net.grid_bits() == trainer.model.grid_bits()
 
 
-def test_context_model_alone(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_model_alone(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = pictures(photos)
     source.wait(64)
-    whole = fresh_trainer(source)
+    parent = tmp_path / "tiny.safetensors"
+    shutil.copy(DATA / "models" / "tiny.safetensors", parent)
+    whole = store.load_file(store.read_info(parent)).net
     smaller = dict(CONFIGS["tiny"].context) | {"slices": [8, 8, 32], "mixers": 2}
     monkeypatch.setitem(CONFIGS, "other", replace(CONFIGS["tiny"], name="other", context=smaller))
     trainer = Trainer(replace(SETTINGS, model="other", part="context"), CPU)
-    trainer.start_from(whole.model.state_dict())
+    trainer.start_from(whole.state_dict())
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     x, code = trainer.sample(source, 8, 64)
     with torch.no_grad():
@@ -167,8 +180,18 @@ def test_context_model_alone(photos: Path, monkeypatch: pytest.MonkeyPatch) -> N
     again = Trainer(replace(SETTINGS, model="other", part="context"), CPU)
     again.start_from(trainer.model.state_dict())
     assert torch.equal(again.model.state_dict()["context.group"], trainer.model.state_dict()["context.group"])
+    trainer.save(tmp_path / "state.pt")
+    target = tmp_path / "other.safetensors"
+    export(tmp_path / "state.pt", target, calibration=[photos], shared_from=parent, name=None, data="", rate_range=None)
+    assert target.stat().st_size < parent.stat().st_size / 2
+    loaded = store.load_file(store.read_info(target))
+    assert torch.equal(loaded.net.h_s.last.weight, whole.h_s.last.weight)
+    assert loaded.net.grid_bits()["h_s.psi"] == whole.grid_bits()["h_s.psi"]
+    parent.unlink()
+    with pytest.raises(UnsupportedError):
+        store.load_file(store.read_info(target))
     with pytest.raises(RuntimeError):
-        Trainer(replace(SETTINGS, model="other"), CPU).start_from(whole.model.state_dict())
+        Trainer(replace(SETTINGS, model="other"), CPU).start_from(whole.state_dict())
 
 
 def test_a_network_that_is_not_frozen_is_not_written(tmp_path: Path) -> None:

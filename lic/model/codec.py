@@ -104,9 +104,13 @@ class CodecModel(nn.Module):
 
     @contextlib.contextmanager
     def calibration(self) -> Iterator[None]:
-        """Choose the units of the exact path from what passes through it, in floating point, inside the block."""
+        """Choose the units of the exact path from what passes through it, in floating point, inside the block.
+
+        Those of a part whose weights are frozen stay.
+        """
         self.set_exact(False)
-        grids = self.grids().values()
+        frozen = {name.partition(".")[0] for name, layer in self.exact_layers().items() if layer.exponent is not None}
+        grids = [grid for name, grid in self.grids().items() if name.partition(".")[0] not in frozen]
         for grid in grids:
             grid.observing, grid.largest = True, 0.0
         yield

@@ -53,6 +53,8 @@ class ModelInfo:
     kmac: dict[str, float]  # thousand multiply-adds per pixel of each part, and of the whole decoder
     rate_range: tuple[float, float] | None  # bits per pixel at quality 0 and 100, Kodak average
     provenance: dict[str, Any]
+    shared_from: str | None  # weights file in the same folder that holds the other arrays
+    shared: list[str]  # their names
 
     @cached_property
     def sha256(self) -> str:
@@ -110,6 +112,8 @@ def read_info(path: Path) -> ModelInfo:
             kmac=meta["kmac"],
             rate_range=tuple(rate_range) if rate_range else None,
             provenance=meta["provenance"],
+            shared_from=meta.get("shared_from"),
+            shared=meta.get("shared", []),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise LicError(f"{path}: not a lic weights file") from error
@@ -149,6 +153,9 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
 
     try:
         arrays = read(info.path)
+        if info.shared_from is not None:
+            others = read(info.path.with_name(Path(info.shared_from).name))
+            arrays |= {name: others[name] for name in info.shared}
         tables = {
             kind: Tables.from_arrays({k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"tables.{kind}.")})
             for kind in ("y", "z")
@@ -215,13 +222,15 @@ def identities(config: dict[str, Any], grids: dict[str, int], arrays: dict[str, 
     return entropy.digest()[:4], synthesis.digest()[:2]
 
 
-def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
+def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: ModelInfo | None = None) -> None:
     """Write a weights file of a network whose exact path is frozen (:meth:`CodecModel.freeze`).
 
-    ``meta`` holds rate_range and provenance; everything else is made here. Raises ValueError, before anything is
-    written, if the network is not frozen or a certificate fails.
+    ``meta`` holds rate_range and provenance; everything else is made here. With ``shared_from`` the file holds the
+    context model only and takes everything else from that file, which must lie in the same folder. Raises ValueError,
+    before anything is written, if the network is not frozen or a certificate fails.
     """
     import torch
+    from safetensors.numpy import load_file as read
     from safetensors.numpy import save
 
     from lic.model.complexity import kmac_per_pixel
@@ -254,6 +263,10 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
     for kind, tables in (("y", y_tables), ("z", z_tables)):
         for key, value in tables.to_arrays().items():
             arrays[f"tables.{kind}.{key}"] = value
+    shared = {}
+    if shared_from is not None:
+        shared = {k: v for k, v in read(shared_from.path).items() if not k.startswith("context.")}
+        arrays |= shared
     config = net.config.to_json()
     grids = net.grid_bits()
     entropy_id, synthesis_id = identities(json.loads(json.dumps(config)), grids, arrays)
@@ -267,8 +280,11 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any]) -> None:
         "kmac": kmac_per_pixel(net),
         "rate_range": meta.get("rate_range"),
         "provenance": meta["provenance"],
+        "shared_from": None if shared_from is None else shared_from.path.name,
+        "shared": sorted(shared),
     }
-    atomic.write(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"lic": json.dumps(header)}))
+    own = {k: np.ascontiguousarray(v) for k, v in arrays.items() if k not in shared}
+    atomic.write(path, save(own, {"lic": json.dumps(header)}))
 
 
 def _scaled(weight: np.ndarray, exponent: np.ndarray) -> np.ndarray:

@@ -112,16 +112,29 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     type=click.Path(path_type=Path, exists=True),
     help="Tar file or folder of pictures that the integers of the exact path are fitted to.",
 )
+@click.option(
+    "--shared-from",
+    type=click.Path(path_type=Path, exists=True),
+    help="For a context model trained alone: the weights file, in TARGET's folder, with everything else.",
+)
 @click.option("--name", help="Name of the model (default: its configuration's).")
 @click.option("--data", required=True, help="What it was trained on, for the record inside the file.")
 @click.option("--rate-range", type=(float, float), help="Bits per pixel at quality 0 and 100, for `lic models`.")
 @verbosity_options
-def export_command(state, target, calibration, name, data, rate_range):  # type: ignore[no-untyped-def]
+def export_command(state, target, calibration, shared_from, name, data, rate_range):  # type: ignore[no-untyped-def]
     """Turn the training STATE (a .pt file) into the weights file TARGET."""
     from lic.errors import LicError
     from lic.train.export import export
 
     try:
-        export(state, target, calibration=list(calibration), name=name, data=data, rate_range=rate_range)
+        export(
+            state,
+            target,
+            calibration=list(calibration),
+            shared_from=shared_from,
+            name=name,
+            data=data,
+            rate_range=rate_range,
+        )
     except ValueError as error:
         raise LicError(f"nothing written: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lic.model.store import write_model
+from lic.model.store import load_file, read_info, write_model
 from lic.train.calibration import calibrate
 from lic.train.data import Pictures
 from lic.train.trainer import averaged_model
@@ -21,6 +21,7 @@ def export(
     target: Path,
     *,
     calibration: list[Path],
+    shared_from: Path | None,
     name: str | None,
     data: str,
     rate_range: tuple[float, float] | None,
@@ -28,13 +29,18 @@ def export(
     """Write the averaged weights of a state as a weights file, its entropy path on integers.
 
     ``calibration`` are pictures that the units of the integers are fitted to; none are needed for a state that was
-    trained on integers. ``data`` says what the state was trained on. Raises ValueError if a certificate fails and
-    LicError if there are no pictures that fit.
+    trained on integers. With ``shared_from``, the weights file that a context model alone was trained on, the new file
+    holds the context model and shares the rest with that one. ``data`` says what the state was trained on. Raises
+    ValueError if a certificate fails, LicError if there are no pictures that fit, UnsupportedError for damaged weights.
     """
     net, book = averaged_model(state)
     net.requires_grad_(False)
     if name is not None:
         net.config = replace(net.config, name=name)
+    parent = None
+    if shared_from is not None:
+        parent = read_info(shared_from)
+        net.h_s = load_file(parent).net.h_s
     if not net.exact:
         calibrate(net, Pictures(calibration, torch.device("cpu"), seed=0, watch=False))
     net.freeze()
@@ -48,7 +54,7 @@ def export(
         "megapixels": round(book["pixels"] / 1e6),
         "settings": book["settings"],
     }
-    write_model(target, net, {"provenance": provenance, "rate_range": rate_range})
+    write_model(target, net, {"provenance": provenance, "rate_range": rate_range}, parent)
 
 
 def _commit() -> str:
