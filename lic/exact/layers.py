@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -207,13 +208,16 @@ def divide(numerator: Tensor, denominator: Tensor | int) -> Tensor:
     return value + (quotient - value).detach()
 
 
-def attend(q: Fixed, k: Fixed, v: Fixed, bias: Tensor, mask: Tensor | None, exact: bool) -> Fixed:
+def attend(
+    q: Fixed, k: Fixed, v: Fixed, bias: Tensor, mask: Tensor | None, exact: bool, block: int | None = None
+) -> Fixed:
     """Attention over keys, with a weight of zero for those that lie 8 or more below the largest logit.
 
     q (..., Q, D), k and v (..., K, D); bias is added to the logits (..., Q, K); mask is True at keys that take part.
     Returns (..., Q, D) in v's unit. Products are scaled by about D^-1/2, a power of two. In integers:
     logits in 1/32, weights exp(-d/32) from a table, sums of weights and of
-    weighted values below 2**24 (the caller's grids see to that), one rounded division at the end.
+    weighted values below 2**24 (the caller's grids see to that), one rounded division at the end. With ``block``,
+    weighted values are summed over so many keys at a time; only these sums need to stay below, float64 adds them up.
     """
     scale_bits = int(math.log2(q.x.shape[-1])) // 2
     if not exact:
@@ -221,7 +225,9 @@ def attend(q: Fixed, k: Fixed, v: Fixed, bias: Tensor, mask: Tensor | None, exac
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
         return Fixed(torch.softmax(logits, dim=-1).to(v.x.dtype) @ v.x)
-    if max(q.limit * k.limit * q.x.shape[-1], EXP_LIMIT * v.limit * k.x.shape[-2]) >= ACCUMULATOR:
+    keys = k.x.shape[-2]
+    block = min(block or keys, keys)
+    if max(q.limit * k.limit * q.x.shape[-1], EXP_LIMIT * v.limit * block, EXP_LIMIT * keys) >= ACCUMULATOR:
         raise ValueError("attention over so many keys or channels breaks the certificate")
     if q.bits + k.bits + scale_bits < LOGIT_BITS:
         raise ValueError("queries and keys are too coarse")
@@ -236,8 +242,10 @@ def attend(q: Fixed, k: Fixed, v: Fixed, bias: Tensor, mask: Tensor | None, exac
     if below.requires_grad:
         smooth = EXP_LIMIT * torch.exp(below / -(2.0**LOGIT_BITS))
         weight = smooth + (weight - smooth).detach()
-    total, norm = arithmetic.matmul(weight, v.x), weight.sum(dim=-1, keepdim=True)
-    return v._replace(x=divide(total.double(), norm.double()).to(v.x.dtype))
+    blocks = zip(weight.split(block, dim=-1), v.x.split(block, dim=-2), strict=True)
+    total = reduce(torch.add, (arithmetic.matmul(*parts).double() for parts in blocks))
+    norm = weight.sum(dim=-1, keepdim=True)
+    return v._replace(x=divide(total, norm.double()).to(v.x.dtype))
 
 
 def exponent_of(largest: Tensor) -> Tensor:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lic.exact import Depthwise, Fixed, Grid, Linear, QualityTable, attend
 from lic.model.config import Config
+from lic.model.context.attention import Attention, Windows
 from lic.model.context.base import Context, Geometry, Prediction, Unit
 from lic.model.layers import NARROW, WIDE, FeedForward, near_zero
 
-ATTENTION = 511  # limit of queries, keys and values: 10 bits
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # row and column inside a cell, in coding order
 
 
@@ -92,23 +91,6 @@ class GroupedMixerState:
     unit: Unit
 
 
-class Attention(nn.Module):
-    """What both mixers share: queries, keys and values of a residual sum, and the way back."""
-
-    def __init__(self, options: Options) -> None:
-        super().__init__()
-        width = options.width
-        self.heads = options.heads
-        self.narrow = Grid(NARROW)
-        self.q, self.k, self.v = (Linear(width, width) for _ in range(3))
-        self.q_grid, self.k_grid, self.v_grid = (Grid(ATTENTION) for _ in range(3))
-        self.out = near_zero(Linear(width, width))
-
-    def project(self, x: Fixed) -> tuple[Fixed, Fixed, Fixed]:
-        x = self.narrow(x)
-        return self.q(x, self.q_grid), self.k(x, self.k_grid), self.v(x, self.v_grid)
-
-
 class InnerMixer(nn.Module):
     """Depthwise 3x3 of each group's own, windowed self-attention with relative positions, feed-forward."""
 
@@ -117,17 +99,18 @@ class InnerMixer(nn.Module):
     def __init__(self, options: Options, groups: int, shifted: bool) -> None:
         super().__init__()
         width = options.width
-        self.window = options.window
-        self.shift = options.window // 2 if shifted else 0
+        window = options.window
+        shift = window // 2 if shifted else 0
+        self.windows = Windows(window, window, shift, shift)
         self.narrow = Grid(NARROW)
         self.spatial = Depthwise(width, groups)
         nn.init.normal_(self.spatial.weight, std=0.05)
-        self.attention = Attention(options)
-        side = 2 * self.window - 1
+        self.attention = Attention(options.width, options.heads)
+        side = 2 * window - 1
         self.bias = nn.Parameter(torch.zeros(side * side, options.heads))
-        position = torch.arange(self.window**2)
-        row, column = position // self.window, position % self.window
-        index = (row[:, None] - row + self.window - 1) * side + column[:, None] - column + self.window - 1
+        position = torch.arange(window**2)
+        row, column = position // window, position % window
+        index = (row[:, None] - row + window - 1) * side + column[:, None] - column + window - 1
         self.register_buffer("index", index, persistent=False)
         self.feed = FeedForward(width)
 
@@ -135,39 +118,12 @@ class InnerMixer(nn.Module):
         """x (B, H, W, n, d): tokens of groups first..first+n-1."""
         groups = slice(first, first + x.x.shape[3])
         x = wide.add(x, self.spatial(self.narrow(x), wide, groups))
-        q, k, v = (self._windows(part) for part in self.attention.project(x))
-        y = attend(q, k, v, self.bias[self.index].permute(2, 0, 1), self._mask(x.x), wide.exact)
-        x = wide.add(x, self.attention.out(self._whole(y, x.x.shape), wide))
+        q, k, v = (self.windows.cut(part, self.attention.heads) for part in self.attention.project(x))
+        inside = self.windows.inside(x.x)
+        mask = None if inside is None else inside[:, :, None, None, None]
+        y = attend(q, k, v, self.bias[self.index].permute(2, 0, 1), mask, wide.exact)
+        x = wide.add(x, self.attention.out(self.windows.join(y, x.x.shape), wide))
         return self.feed(x, wide)
-
-    def _margins(self, h: int, w: int) -> tuple[int, int, int]:
-        """Padding above and left, below, right of h x w cells to whole windows."""
-        s, k = self.shift, self.window
-        return s, -(h + s) % k, -(w + s) % k
-
-    def _windows(self, v: Fixed) -> Fixed:
-        """(B, H, W, n, d) -> (B, rows of windows, columns of windows, n, heads, window², d/heads)."""
-        s, below, right = self._margins(*v.x.shape[1:3])
-        x = F.pad(v.x, (0, 0, 0, 0, s, right, s, below))
-        x = x.unflatten(4, (self.attention.heads, -1)).unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
-        return v._replace(x=x.permute(0, 1, 3, 5, 6, 2, 4, 7).flatten(-3, -2))
-
-    def _whole(self, v: Fixed, shape: torch.Size) -> Fixed:
-        """Inverse of _windows, to (B, H, W, n, d)."""
-        s = self.shift
-        x = v.x.unflatten(-2, (self.window, self.window)).permute(0, 1, 5, 2, 6, 3, 4, 7)
-        x = x.flatten(1, 2).flatten(2, 3).flatten(-2)
-        return v._replace(x=x[:, s : s + shape[1], s : s + shape[2]])
-
-    def _mask(self, x: Tensor) -> Tensor | None:
-        """True at the cells that exist, (rows, columns, 1, 1, 1, window²); None if all of them do."""
-        h, w = x.shape[1:3]
-        s, below, right = self._margins(h, w)
-        if not (s or below or right):
-            return None
-        inside = F.pad(x.new_ones(h, w, dtype=torch.bool), (s, right, s, below))
-        inside = inside.unflatten(1, (-1, self.window)).unflatten(0, (-1, self.window))
-        return inside.transpose(1, 2).flatten(-2)[:, :, None, None, None]
 
 
 class CrossMixer(nn.Module):
@@ -175,7 +131,7 @@ class CrossMixer(nn.Module):
 
     def __init__(self, options: Options, groups: int) -> None:
         super().__init__()
-        self.attention = Attention(options)
+        self.attention = Attention(options.width, options.heads)
         self.bias = nn.Parameter(torch.zeros(options.heads, groups, groups))
         self.feed = FeedForward(options.width)
 
