@@ -40,9 +40,11 @@ class _Recorder:
     def __init__(self, inner: SymbolCoder) -> None:
         self.inner, self.rows = inner, hashlib.sha256()
 
-    def code(self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None) -> np.ndarray:
+    def code(
+        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+    ) -> np.ndarray:
         self.rows.update(rows.astype("<i4").tobytes())
-        return self.inner.code(stream, rows, tables, values)
+        return self.inner.code(stream, rows, tables, values, last=last)
 
 
 @dataclass(frozen=True)

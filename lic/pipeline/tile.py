@@ -25,21 +25,37 @@ from lic.model.store import LoadedModel
 
 
 class SymbolCoder(Protocol):
-    """Turns the values of one stream into bytes (and returns them), or bytes into values."""
+    """Turns the values of each step into bytes (and returns them), or bytes into values."""
 
-    def code(self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None) -> np.ndarray:
-        """rows and values int32 (N,); values is None for a reader."""
+    def code(
+        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+    ) -> np.ndarray:
+        """The next values of a stream, all those that are left if ``last``.
+
+        rows and values int32 (N,); values is None for a reader.
+        """
 
 
 class Writer:
     """Collects the streams of a tile."""
 
     def __init__(self) -> None:
-        self.streams: list[bytes] = []
+        self._open: dict[int, coder.Encoder] = {}
+        self._finished: dict[int, bytes] = {}
 
-    def code(self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None) -> np.ndarray:
-        assert values is not None and stream == len(self.streams)
-        self.streams.append(coder.encode(values, rows, tables))
+    @property
+    def streams(self) -> list[bytes]:
+        """In their order, once all of them are finished."""
+        assert not self._open
+        return [self._finished[stream] for stream in sorted(self._finished)]
+
+    def code(
+        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+    ) -> np.ndarray:
+        assert values is not None and stream not in self._finished
+        self._open.setdefault(stream, coder.Encoder()).push(values, rows, tables)
+        if last:
+            self._finished[stream] = self._open.pop(stream).finish()
         return values
 
 
@@ -48,9 +64,21 @@ class Reader:
 
     def __init__(self, streams: tuple[bytes, ...]) -> None:
         self.streams = streams
+        self._open: dict[int, coder.Decoder] = {}
 
-    def code(self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None) -> np.ndarray:
-        return coder.decode(self.streams[stream], rows, tables)
+    def code(
+        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+    ) -> np.ndarray:
+        if last and stream not in self._open:
+            return coder.decode(self.streams[stream], rows, tables)  # all at once is faster
+        if stream not in self._open:
+            self._open[stream] = coder.Decoder(self.streams[stream])
+        decoder = self._open[stream]
+        values = decoder.pull(rows, tables)
+        if last:
+            decoder.finish()
+            del self._open[stream]
+        return values
 
 
 @dataclass
@@ -86,10 +114,10 @@ def code_tiles(
     code = torch.tensor(codes, device=device)
     shape = (geometry.batch, geometry.height, geometry.width)
 
-    def code_stream(stream: int, rows: Tensor, tables: Tables, given: Tensor | None) -> Tensor:
-        """Values (B, ...) of one stream of each tile."""
+    def code_part(stream: int, rows: Tensor, tables: Tables, given: Tensor | None, last: bool) -> Tensor:
+        """The next values (B, ...) of one stream of each tile."""
         values = [
-            coder.code(stream, _integers(rows[b]), tables, None if given is None else _integers(given[b]))
+            coder.code(stream, _integers(rows[b]), tables, None if given is None else _integers(given[b]), last=last)
             for b, coder in enumerate(symbols)
         ]
         return torch.from_numpy(np.stack(values)).to(device).reshape(rows.shape)
@@ -98,7 +126,7 @@ def code_tiles(
         z_shape = (shape[0], shape[1] // 4, shape[2] // 4, config.hyper_latent)
         channel = torch.arange(config.hyper_latent, device=device)
         z_rows = net.prior.bucket(code)[:, None, None, None] * config.hyper_latent + channel
-        z_values = code_stream(0, z_rows.expand(z_shape), model.z_tables, None if known is None else known.z)
+        z_values = code_part(0, z_rows.expand(z_shape), model.z_tables, None if known is None else known.z, last=True)
         if int(z_values.abs().max()) > Z_LIMIT:
             raise CorruptError("damaged: a hyper-latent is out of range")
         z = z_values.float()
@@ -110,6 +138,7 @@ def code_tiles(
             bits += net.prior.bits(z, code).sum(dim=(1, 2, 3))
         weight = net.distortion_weight(code)[:, None, None].expand_as(y)
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
+        last_steps = {schedule.stream_of(step): step for step in range(schedule.steps(geometry))}
         for step in range(schedule.steps(geometry)):
             p = net.context.predict(state, step)
             # Nothing changes here where arithmetic is exact.
@@ -125,7 +154,8 @@ def code_tiles(
                 if not known.rounded:
                     y_known = round_for_rate(y_known, mean, scale, schedule.take(weight, step))
                 given = y_known.int() - shift
-            values = code_stream(1 + schedule.stream_of(step), rows, model.y_tables, given)
+            stream = schedule.stream_of(step)
+            values = code_part(1 + stream, rows, model.y_tables, given, last=step == last_steps[stream])
             y_step = (values + shift).float()
             if known is not None:
                 bits += gaussian_bits(y_step, p.mean, p.scale).sum(dim=(1, 2))
