@@ -7,8 +7,14 @@ from collections.abc import Callable
 from lic.model.config import Config
 from lic.model.context.base import Context, Geometry, Prediction, Schedule, State, Unit
 from lic.model.context.groupedmixer import GroupedMixer
+from lic.model.context.hyperprior_only import HyperpriorOnly
+from lic.model.context.msp import MSP
 
-SYSTEMS: dict[str, Callable[[Config], Context]] = {"groupedmixer": GroupedMixer}
+SYSTEMS: dict[str, Callable[[Config], Context]] = {
+    "groupedmixer": GroupedMixer,
+    "hyperprior": HyperpriorOnly,
+    "msp": MSP,
+}
 
 
 def make_context(config: Config) -> Context:
