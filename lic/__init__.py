@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lic.errors import CorruptError, LicError, UnsupportedError, UsageError
+from lic.rate import Target
 
 __version__ = "0.1.0.dev0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "Codec",
     "CorruptError",
     "LicError",
+    "Target",
     "UnsupportedError",
     "UsageError",
     "__version__",

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,8 @@ from lic.container import DEFAULT_MAX_PIXELS
 from lic.device import check_device, select_device
 from lic.errors import LicError, UnsupportedError, UsageError
 from lic.images import Picture, samples_at_bits
-from lic.quality import DEFAULT_QUALITY, code_of
+from lic.quality import DEFAULT_QUALITY, code_of, quality_of
+from lic.rate import Target, search
 
 if TYPE_CHECKING:
     from lic.inspection import Info
@@ -37,11 +38,12 @@ class EncodeResult:
     ``data``: the ``.lic`` file. ``reconstruction``: the colour that decoding ``data`` gives on this machine,
     uint8 or uint16 as the source, (H, W, 3), or (H, W, 1) if gray; ``psnr``: of it, in dB over all samples,
     infinite if it is exact (under full transparency, against the colour that was coded there).
-    ``estimated_bits``: the model's own estimate of the coded size. ``symbols_sha256``: as in DecodeResult.
-    ``seconds``: without loading the model. ``notes``: in words, what was lost before coding began.
+    ``quality``: at which it was encoded. ``estimated_bits``: the model's own estimate of the coded size.
+    ``symbols_sha256``: as in DecodeResult. ``seconds``: without loading the model. ``notes``: in words, what was lost before coding began.
     """
 
     data: bytes
+    quality: float
     reconstruction: np.ndarray
     psnr: float
     estimated_bits: float
@@ -86,27 +88,38 @@ class Codec:
         self._loaded: dict[tuple[bytes, bytes], LoadedModel] = {}  # by entropy and synthesis identity
 
     @overload
-    def encode(self, image: AnyPicture, quality: float = ..., *, strip: bool = ...) -> bytes: ...
+    def encode(
+        self, image: AnyPicture, quality: float | None = ..., *, target: Target | None = ..., strip: bool = ...
+    ) -> bytes: ...
     @overload
-    def encode(self, image: Sequence[AnyPicture], quality: float = ..., *, strip: bool = ...) -> list[bytes]: ...
+    def encode(
+        self,
+        image: Sequence[AnyPicture],
+        quality: float | None = ...,
+        *,
+        target: Target | None = ...,
+        strip: bool = ...,
+    ) -> list[bytes]: ...
     def encode(
         self,
         image: AnyPicture | Sequence[AnyPicture],
-        quality: float = DEFAULT_QUALITY,
+        quality: float | None = None,
         *,
+        target: Target | None = None,
         strip: bool = False,
     ) -> bytes | list[bytes]:
         """A picture as a ``.lic`` file; a sequence of pictures as a list of files.
 
         ``image``: of Pillow's, in any mode but F, upright or with an EXIF orientation, which is applied; or
         uint8 or uint16 of shape (H, W) for gray or (H, W, 1..4) for gray, gray and alpha, RGB, RGB and alpha.
-        ``quality`` is 0..100. A Pillow picture's colour profile, EXIF and XMP are kept, unless ``strip``.
-        Raises UsageError for other qualities, LicError for other pictures, a model that is not installed or
-        a device that is not there.
+        ``quality`` is 0..100, 40 by default; ``target`` is a size, rate or PSNR instead, for which several
+        encodings are tried. A Pillow picture's colour profile, EXIF and XMP are kept, unless ``strip``.
+        Raises UsageError for other qualities and for both together, LicError for other pictures, a target out of
+        reach, a model that is not installed or a device that is not there.
         """
-        if isinstance(image, Image.Image | np.ndarray | Picture):
-            return self.encode_result(image, quality, strip=strip).data
-        return [self.encode_result(one, quality, strip=strip).data for one in image]
+        if isinstance(image, Image.Image | np.ndarray | Picture | str | bytes):  # the last two are refused there
+            return self.encode_result(image, quality, target=target, strip=strip).data
+        return [self.encode_result(one, quality, target=target, strip=strip).data for one in image]
 
     @overload
     def decode(self, data: bytes, *, max_pixels: int = ...) -> Image.Image: ...
@@ -122,8 +135,9 @@ class Codec:
         Raises CorruptError when ``data`` is no such file or a damaged one, UnsupportedError when it needs a
         newer version or a model that is not installed, or has more than ``max_pixels``.
         """
-        if not isinstance(data, bytes):
+        if not isinstance(data, bytes | bytearray | memoryview | str):
             return [self.decode(one, max_pixels=max_pixels) for one in data]
+        data = _checked(data)
         header = container.parse_header(data).header
         result = self.decode_result(data, bits=None if header.gray else 8, max_pixels=max_pixels)
         return result.picture.to_image()
@@ -140,17 +154,22 @@ class Codec:
     def encode_result(
         self,
         image: AnyPicture,
-        quality: float = DEFAULT_QUALITY,
+        quality: float | None = None,
         *,
+        target: Target | None = None,
         strip: bool = False,
         progress: Progress | None = None,
     ) -> EncodeResult:
         """As :meth:`encode`, with what the encoder knows besides.
 
-        ``progress(done, total)`` is called now and then.
+        ``progress(done, total)`` is called now and then; with a target, from the start for every encoding.
         """
+        if quality is not None and target is not None:
+            raise UsageError("a quality and a target exclude each other")
+        if not isinstance(image, Image.Image | np.ndarray | Picture):
+            raise UsageError(f"a picture is an image of Pillow's or a NumPy array, not {type(image).__name__}")
         try:
-            code = code_of(quality)
+            code = code_of(DEFAULT_QUALITY if quality is None else quality)
         except ValueError as error:
             raise UsageError(str(error)) from None
         picture = images.picture_of(image, max_pixels=_ANY_SIZE, strip=strip)
@@ -159,22 +178,29 @@ class Codec:
 
         start = time.perf_counter()
         colour = images.with_hidden_filled(picture.colour, picture.alpha)
-        encoded = pipeline.encode_rgb(model, colour, code, progress=progress)
         sections = container.metadata_sections(picture.metadata)
         if picture.alpha is not None:
             sections = (images.alpha_section(picture.alpha), *sections)
-        header = replace(encoded.container.header, reduced=picture.reduced)
-        data = container.pack(replace(encoded.container, header=header, sections=sections))
-        seconds = time.perf_counter() - start
-        return EncodeResult(
-            data=data,
-            reconstruction=encoded.reconstruction,
-            psnr=psnr(colour, encoded.reconstruction),
-            estimated_bits=encoded.estimated_bits,
-            symbols_sha256=encoded.symbols_sha256,
-            seconds=seconds,
-            notes=picture.notes,
-        )
+
+        def encode_at(code: int) -> EncodeResult:
+            encoded = pipeline.encode_rgb(model, colour, code, progress=progress)
+            header = replace(encoded.container.header, reduced=picture.reduced)
+            return EncodeResult(
+                data=container.pack(replace(encoded.container, header=header, sections=sections)),
+                quality=quality_of(code),
+                reconstruction=encoded.reconstruction,
+                psnr=psnr(colour, encoded.reconstruction),
+                estimated_bits=encoded.estimated_bits,
+                symbols_sha256=encoded.symbols_sha256,
+                seconds=time.perf_counter() - start,
+                notes=picture.notes,
+            )
+
+        if target is None:
+            return encode_at(code)
+        value_of = (lambda result: result.psnr) if target.kind == "psnr" else (lambda result: len(result.data))
+        found = search(encode_at, value_of, target, picture.width * picture.height)
+        return replace(found.result, seconds=time.perf_counter() - start)
 
     def decode_result(
         self,
@@ -190,7 +216,7 @@ class Codec:
         """
         if bits not in (None, 8, 16):
             raise UsageError(f"bits must be 8 or 16, not {bits}")
-        parsed = container.parse(data, max_pixels=max_pixels)
+        parsed = container.parse(_checked(data), max_pixels=max_pixels)
         header = parsed.header
         bits = bits or (16 if header.deep else 8)
         metadata = container.metadata_of(parsed.sections)
@@ -259,8 +285,9 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def encode(
     image: AnyPicture,
-    quality: float = DEFAULT_QUALITY,
+    quality: float | None = None,
     *,
+    target: Target | None = None,
     strip: bool = False,
     model: str = DEFAULT_MODEL,
     device: str = "auto",
@@ -269,7 +296,7 @@ def encode(
 
     For several, a Codec loads the model once.
     """
-    return Codec(model, device).encode(image, quality, strip=strip)
+    return Codec(model, device).encode(image, quality, target=target, strip=strip)
 
 
 def decode(data: bytes, *, device: str = "auto", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -281,4 +308,11 @@ def info(data: bytes) -> Info:
     """What the header of a ``.lic`` file says, without torch and model: see :func:`lic.inspection.info_of`."""
     from lic.inspection import info_of
 
-    return info_of(data)
+    return info_of(_checked(data))
+
+
+def _checked(data: Any) -> bytes:
+    """The bytes of a file. Raises UsageError for what is no bytes, say its name."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise UsageError(f"the data of a .lic file is bytes, not {type(data).__name__}")
+    return bytes(data)

@@ -27,6 +27,7 @@ from lic.errors import LicError, UsageError
 from lic.options import Command, device_options, option, set_up_logging, verbosity_options
 from lic.outcome import Outcome, Report, failure_of, log, shows_progress
 from lic.quality import DEFAULT_QUALITY, code_of
+from lic.rate import Target, parse_size
 
 if TYPE_CHECKING:
     from lic.work import Operation
@@ -137,12 +138,30 @@ def _model_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return [model.name for model in store.available() if model.name.startswith(incomplete)]
 
 
-def _check_quality(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    try:
-        code_of(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+def _check_quality(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None:
+        try:
+            code_of(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
     return value
+
+
+def _target(quality: float | None, size: str | None, bpp: float | None, psnr: float | None) -> Target | None:
+    """The one target of --target-*. Raises UsageError for several, for one beside a quality, and for wrong values."""
+    given: list[Target] = []
+    try:
+        if size is not None:
+            given.append(Target("size", parse_size(size)))
+        if bpp is not None:
+            given.append(Target("bpp", bpp))
+        if psnr is not None:
+            given.append(Target("psnr", psnr))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if len(given) + (quality is not None) > 1:
+        raise UsageError("-q, --target-size, --target-bpp and --target-psnr exclude each other")
+    return given[0] if given else None
 
 
 @dataclass(frozen=True)
@@ -255,6 +274,7 @@ def cli() -> None:
 Examples:
   lic encode photo.png photo.lic
   lic encode -q 70 - - < photo.png > photo.lic
+  lic encode --target-size 100k photo.png photo.lic
   lic encode photos/ --output-dir coded -r --jobs 4 --report coded.jsonl
   lic encode photos/ --output-dir coded -r --no-clobber      # the rest of an interrupted batch
 
@@ -268,12 +288,13 @@ in one step when they are complete. More in docs/recipes.md.
     "-q",
     "--quality",
     type=float,
-    default=DEFAULT_QUALITY,
-    show_default=True,
     callback=_check_quality,
     metavar="0..100",
-    help="Higher looks better and takes more bytes.",
+    help=f"Higher looks better and takes more bytes.  [default: {DEFAULT_QUALITY:g}]",
 )
+@option("Coding", "--target-size", metavar="BYTES", help="Of the file, never exceeded: 20000, 20k, 1.5M, 100Ki.")
+@option("Coding", "--target-bpp", type=float, metavar="F", help="Bits per pixel of the file, never exceeded.")
+@option("Coding", "--target-psnr", type=float, metavar="DB", help="PSNR of the decoded picture, met from above.")
 @option(
     "Coding",
     "--model",
@@ -290,7 +311,10 @@ in one step when they are complete. More in docs/recipes.md.
 @verbosity_options
 def encode(
     paths: tuple[str, ...],
-    quality: float,
+    quality: float | None,
+    target_size: str | None,
+    target_bpp: float | None,
+    target_psnr: float | None,
     model: str,
     strip: bool,
     device: str,
@@ -303,6 +327,7 @@ def encode(
     '-' is standard input or output. With --output-dir, any number of files and folders; a folder stands for the
     pictures in it, and names keep their place in the tree.
     """
+    target = _target(quality, target_size, target_bpp, target_psnr)
     run = _Files(**options)
     run.check()
     if run.output_dir is None:
@@ -317,7 +342,15 @@ def encode(
         jobs = batch.many(paths, run.output_dir, ".lic", PICTURE_SUFFIXES, recursive=run.recursive)
     from lic.work import Encode
 
-    operation = Encode(quality=quality, model=model, strip=strip, max_pixels=max_pixels, device=device, threads=threads)
+    operation = Encode(
+        quality=quality,
+        target=target,
+        model=model,
+        strip=strip,
+        max_pixels=max_pixels,
+        device=device,
+        threads=threads,
+    )
     return _run_jobs(operation, jobs, run)
 
 

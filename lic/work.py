@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lic import files, stdio
 from lic.batch import STDIO, Job
+from lic.rate import Target
 
 if TYPE_CHECKING:
     from lic.api import Codec, DecodeResult, EncodeResult
@@ -26,7 +27,8 @@ Progress: TypeAlias = Callable[[int, int], None] | None
 class Encode:
     """Pictures to ``.lic`` files. The fields are the options of the command."""
 
-    quality: float
+    quality: float | None
+    target: Target | None
     model: str
     strip: bool
     max_pixels: int
@@ -47,7 +49,7 @@ class Encode:
         return images.picture_of(data, max_pixels=self.max_pixels, strip=self.strip)
 
     def code(self, codec: Codec, picture: Picture, progress: Progress = None) -> EncodeResult:
-        return codec.encode_result(picture, self.quality, progress=progress)
+        return codec.encode_result(picture, self.quality, target=self.target, progress=progress)
 
     def save(self, picture: Picture, result: EncodeResult) -> tuple[bytes, dict[str, Any]]:
         return result.data, {
@@ -57,7 +59,7 @@ class Encode:
             "bpp": round(8 * len(result.data) / (picture.width * picture.height), 4),
             "estimated_bytes": round(result.estimated_bits / 8, 1),
             "psnr": round(result.psnr, 2) if math.isfinite(result.psnr) else None,  # JSON has no infinity
-            "quality": self.quality,
+            "quality": round(result.quality, 4),
             "model": self.model,
             "seconds": round(result.seconds, 3),
             "symbols_sha256": result.symbols_sha256,
