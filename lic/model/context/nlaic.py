@@ -91,10 +91,10 @@ class Wavefront:
 
 @dataclass
 class NlaicState:
-    """k features of psi for each channel, a border of two zeros on each side of what neighbours are gathered from.
+    """k features of psi for each channel; a border of two zeros around what neighbours are gathered from.
 
     own (B, h, w, M, k): the features of psi; recent: inputs of the latents of the last 8 steps, the last one first,
-    each (B, w + 4, M + 2, 2), zero where a step has no latent; unit: (B, M).
+    each (B, M + 2, 2·(w + 4)), zero where a step has no latent; unit: (B, M).
     """
 
     own: Tensor
@@ -119,23 +119,26 @@ class Nlaic(Context):
         self.head = near_zero(Linear(second, 2))  # step 0 predicts each channel's own standard deviation
 
     def start(self, psi: Fixed, geometry: Geometry, code: Tensor, unit: Unit) -> NlaicState:
-        shape = (geometry.batch, geometry.width + 2 * REACH, self.schedule.channels + REACH, INPUTS)
+        shape = (geometry.batch, REACH + self.schedule.channels, INPUTS * (geometry.width + 2 * REACH))
         return NlaicState(self._own(psi, code), [psi.x.new_zeros(shape)] * max(AGES), unit)
 
     def predict(self, state: NlaicState, step: int) -> Prediction:
         first, end = self.schedule.span(step, state.own.shape[1])
         rows = [
-            state.recent[age - 1][:, :, first + REACH + c : end + REACH + c]
+            state.recent[age - 1][:, first + REACH + c : end + REACH + c]
             for age, (c, _) in zip(AGES, ROWS, strict=True)
         ]
-        neighbours = torch.stack(rows, dim=3).unfold(1, SIDE, 1).transpose(-2, -1)  # (B, w, C, 12, 5, 2)
-        own = state.own[self.schedule.index(step, state.own)].permute(1, 2, 0, 3)
-        return self._answer(neighbours.flatten(-3), own, state.unit.of(slice(first, end)))
+        neighbours = torch.stack(rows, dim=2).unfold(-1, SIDE * INPUTS, INPUTS)  # (B, C, 12, w, 5·2)
+        own = state.own[self.schedule.index(step, state.own)].transpose(0, 1)
+        answer = self._answer(neighbours.transpose(2, 3).flatten(-2), own)  # (B, C, w, 2)
+        answer = answer._replace(x=answer.x.permute(0, 2, 3, 1).flatten(-2))
+        return state.unit.of(slice(first, end)).prediction(answer)
 
     def observe(self, state: NlaicState, step: int, y_hat: Tensor) -> NlaicState:
         first, end = self.schedule.span(step, state.own.shape[1])
         latest = torch.zeros_like(state.recent[0])
-        latest[:, REACH:-REACH, first + REACH : end + REACH] = _inputs(y_hat, state.unit.of(slice(first, end)))
+        inputs = _inputs(y_hat, state.unit.of(slice(first, end)))
+        latest[:, first + REACH : end + REACH, REACH * INPUTS : -REACH * INPUTS] = inputs.transpose(1, 2).flatten(-2)
         return NlaicState(state.own, [latest, *state.recent[:-1]], state.unit)
 
     def teacher(self, psi: Fixed, y_hat: Tensor, code: Tensor, unit: Unit) -> Prediction:
@@ -146,16 +149,17 @@ class Nlaic(Context):
         parts = []
         for first in range(0, channels, BLOCK):
             end = min(first + BLOCK, channels)
-            neighbours = torch.stack(
+            neighbours = torch.cat(
                 [
                     inputs[:, REACH + r : REACH + r + h, x : x + w, first + REACH + c : end + REACH + c]
                     for c, r in ROWS
                     for x in range(SIDE)
                 ],
-                dim=4,
+                dim=-1,
             )
-            known, features = neighbours.flatten(-2).flatten(1, 2), own[:, :, :, first:end].flatten(1, 2)
-            parts.append(self._answer(known, features, unit.of(slice(first, end))))
+            answer = self._answer(neighbours, own[:, :, :, first:end])  # (B, h, w, C, 2)
+            answer = answer._replace(x=answer.x.transpose(-2, -1).flatten(-2).flatten(1, 2))
+            parts.append(unit.of(slice(first, end)).prediction(answer))
         return Prediction(*(torch.cat(part, dim=-1).unflatten(1, (h, w)) for part in zip(*parts, strict=True)))
 
     def _own(self, psi: Fixed, code: Tensor) -> Tensor:
@@ -165,14 +169,12 @@ class Nlaic(Context):
         quality = self.quality.fixed(code, self.wide)
         return self.joined(self.wide.add(own, quality._replace(x=quality.x[:, None, None, None]))).x
 
-    def _answer(self, neighbours: Tensor, own: Tensor, unit: Unit) -> Prediction:
-        """Inputs of neighbours (B, P, C, 120) and features of psi (B, P, C, k) -> predictions (B, P, C)."""
+    def _answer(self, neighbours: Tensor, own: Tensor) -> Fixed:
+        """Inputs of neighbours (..., 120) and features of psi (..., k) -> mean and log-scale (..., 2)."""
         inputs = Fixed(neighbours, LOG_BITS, NARROW) if self.answer.exact else Fixed(neighbours)
         known = self.filters(inputs, self.joined)
         x = known._replace(x=torch.cat([known.x, own], dim=-1))
-        x = self.second(self.first(x, self.hidden1, leaky=True), self.hidden2, leaky=True)
-        answer = self.head(x, self.answer)
-        return unit.prediction(answer._replace(x=answer.x.transpose(-2, -1).flatten(-2)))
+        return self.head(self.second(self.first(x, self.hidden1, leaky=True), self.hidden2, leaky=True), self.answer)
 
 
 def _inputs(y_hat: Tensor, unit: Unit) -> Tensor:
