@@ -9,11 +9,13 @@ from lic.model.context.base import Context, Geometry, Prediction, Schedule, Stat
 from lic.model.context.groupedmixer import GroupedMixer
 from lic.model.context.hyperprior_only import HyperpriorOnly
 from lic.model.context.msp import MSP
+from lic.model.context.nlaic import Nlaic
 
 SYSTEMS: dict[str, Callable[[Config], Context]] = {
     "groupedmixer": GroupedMixer,
     "hyperprior": HyperpriorOnly,
     "msp": MSP,
+    "nlaic": Nlaic,
 }
 
 
