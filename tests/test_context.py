@@ -18,6 +18,7 @@ GEOMETRY = Geometry(2, 12, 20)  # 6 x 10 cells: more than one window each way, a
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of a small model of each system
     "groupedmixer": dict(CONFIGS["tiny"].context),
+    "econtextformer": {"segments": [8, 16, 24], "order": "spatial", "width": 32, "heads": 2, "layers": 2, "window": 4},
     "hyperprior": {"width": 24},
     "msp": {"levels": 2, "slices": [16, 32], "width": 24, "depth": 1},
     "nlaic": {"slices": [16, 32], "filters": 8, "features": 8, "widths": [16, 24]},

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from lic.model.config import Config
 from lic.model.context.base import Context, Geometry, Prediction, Schedule, State, Unit
+from lic.model.context.econtextformer import EContextformer
 from lic.model.context.groupedmixer import GroupedMixer
 from lic.model.context.hyperprior_only import HyperpriorOnly
 from lic.model.context.msp import MSP
 from lic.model.context.nlaic import Nlaic
 
 SYSTEMS: dict[str, Callable[[Config], Context]] = {
+    "econtextformer": EContextformer,
     "groupedmixer": GroupedMixer,
     "hyperprior": HyperpriorOnly,
     "msp": MSP,
