@@ -33,7 +33,9 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # a power cut after the rename must not leave an empty file
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):  # about the file that was asked for, whose name it may not have at all
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -26,6 +26,7 @@ def single(source: str, target: str, accepts: Callable[[str], bool], expected: s
     Raises UsageError unless OUT is ``-`` or ``accepts(OUT)``; ``expected`` says what would be. Other names of
     standard input and output (``/dev/stdout``) become ``-``.
     """
+    _check_names(source, target)
     source = STDIO if source in stdio.INPUT_NAMES else source
     target = STDIO if target in stdio.OUTPUT_NAMES else target
     if target != STDIO:
@@ -52,6 +53,7 @@ def many(
     would replace an input, LicError when there is nothing to do. An input that does not exist is a job like
     others and fails when its turn comes.
     """
+    _check_names(output_dir, *sources)
     jobs: dict[str, Job] = {}
     for source in sources:
         if source in stdio.INPUT_NAMES:
@@ -69,6 +71,12 @@ def many(
         if files.identity(target) in inputs:
             raise UsageError(f"{target} is an input and would be replaced")
     return list(jobs.values())
+
+
+def _check_names(*names: str) -> None:
+    """An empty name is a variable that a script forgot to set, and not the present folder."""
+    if "" in names:
+        raise UsageError("an empty name is no file or folder; '.' is the present folder")
 
 
 def _same_file(a: str, b: str) -> bool:

@@ -7,7 +7,9 @@ of what the picture carries. Damaged files raise OSError, as Pillow's own format
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from io import BytesIO
 from typing import IO, Any
 
@@ -16,6 +18,14 @@ from PIL import Image, ImageFile
 from lic import api, container
 from lic.errors import LicError
 from lic.quality import DEFAULT_QUALITY
+
+_lock = threading.Lock()  # pictures may load in several threads, a codec is for one
+
+
+@functools.cache
+def _decoder() -> api.Codec:
+    """One for all pictures, so that each model is loaded once."""
+    return api.Codec()
 
 
 class LicImageFile(ImageFile.ImageFile):
@@ -46,7 +56,8 @@ class LicImageFile(ImageFile.ImageFile):
     def load(self) -> Any:
         if self._data is not None and self.tile:
             try:
-                pixels = api.decode(self._data).tobytes()
+                with _lock:
+                    pixels = _decoder().decode(self._data).tobytes()
             except LicError as error:
                 raise OSError(str(error)) from error
             self._data = None

@@ -14,7 +14,7 @@ shift 2
 
 status=0
 lic encode "$source" --output-dir "$target" --recursive --no-clobber "$@" || status=$?
-if [ "$status" -gt 1 ]; then # usage, interrupted: 1 means that some files failed
+if [ "$status" -gt 1 ] || [ ! -d "$target" ]; then # usage, interrupted, nothing to do; 1: some files failed
     exit "$status"
 fi
 find "$target" -type f -name '*.lic' -exec lic verify --quiet {} + || status=1

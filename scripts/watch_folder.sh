@@ -25,15 +25,18 @@ pause() {
 }
 
 trap 'exit 0' INT TERM
-done=
+done= allowed=1
 while :; do
     seen=$(listing)
     if [ "$seen" != "$done" ]; then
         sleep 1 # a file that still grows is not complete
         if [ "$seen" = "$(listing)" ]; then
-            # 1: some failed, and have been named; another picture may still work
-            lic encode "$source" --output-dir "$target" --recursive --no-clobber "$@" || [ $? -le 2 ]
-            done=$seen
+            # 1: some failed, and have been named; another picture may still work. 2 at the first time: wrong
+            # options, which no later picture changes; then: two pictures of one name, of which one may go.
+            status=0
+            lic encode "$source" --output-dir "$target" --recursive --no-clobber "$@" || status=$?
+            [ "$status" -le "$allowed" ] || exit "$status"
+            done=$seen allowed=2
         fi
     else
         pause

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -47,6 +48,14 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def as_anybody() -> None:
+    """Before a program starts: take from root the right to write everywhere, which makes no test of permissions."""
+    if os.geteuid() == 0:
+        drop_from_bounding_set, dac_override = 24, 1
+        if ctypes.CDLL(None).prctl(drop_from_bounding_set, dac_override, 0, 0, 0) != 0:
+            raise OSError("cannot drop a capability")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -155,6 +164,10 @@ def test_every_picture_of_a_tree_has_one_output_of_its_own(
         ["encode", "a.png", "a.lic", "--engine", "dask", "--scheduler", "tcp://x:1"],
         ["decode", "a.lic", "--output-dir", "o", "--engine", "dask", "--scheduler", "tcp://x:1", "--jobs", "2"],
         ["decode", "a.lic", "--output-dir", "o", "--engine", "spark"],
+        ["encode", "", "a.lic"],
+        ["encode", "", "--output-dir", "o"],
+        ["encode", "a.png", "--output-dir", ""],
+        ["decode", "a.lic", ""],
     ],
     ids=" ".join,
 )
@@ -230,23 +243,42 @@ def test_a_report_that_cannot_be_written_ends_the_batch(lic: Run, tmp_path: Path
     [
         ("file", "file: File exists"),
         ("file/out", "file/out: Not a directory"),
-        pytest.param(
-            "readonly",
-            "readonly: permission denied",
-            marks=pytest.mark.skipif(
-                not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
-            ),
-        ),
+        pytest.param("readonly", "readonly: permission denied", marks=posix),
     ],
 )
 def test_an_output_folder_that_takes_no_files_fails_once(lic: Run, tmp_path: Path, folder: str, word: str) -> None:
     fill(tmp_path / "in", 2)
     (tmp_path / "file").write_bytes(b"old")
     (tmp_path / "readonly").mkdir(mode=0o555)
-    done = lic("encode", "in", "--output-dir", folder, "-r", *TINY)
+    done = lic("encode", "in", "--output-dir", folder, "-r", *TINY, preexec_fn=as_anybody)
     assert done.returncode == 1
     assert done.stderr.decode().splitlines() == [f"lic: {word}"]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@posix
+def test_one_file_into_a_read_only_folder_or_onto_a_full_disk(lic: Run, tmp_path: Path) -> None:
+    import resource
+
+    fill(tmp_path, 2)
+    (tmp_path / "old").mkdir()
+    old = tmp_path / "old/a.lic"
+    old.write_bytes(b"old")
+    command = ("encode", "001.png", "old/a.lic", *TINY)
+    done = lic(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)))
+    assert (done.returncode, done.stderr) == (1, b"lic: 001.png: old/a.lic: File too large\n")
+    old.parent.chmod(0o555)
+    done = lic(*command, preexec_fn=as_anybody)
+    assert (done.returncode, done.stderr) == (1, b"lic: 001.png: old/a.lic: Permission denied\n")
+    assert tree(tmp_path / "old") == {"a.lic": b"old"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_standard_output(lic: Run, tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    with open("/dev/full", "wb") as full:
+        done = lic("encode", "001.png", "-", *TINY, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"lic: 001.png: No space left on device\n")
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ import io
 import json
 import re
 import struct
+import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import lic
 from lic import cli, container, images
 from lic.container import Section
 from lic.errors import CorruptError, LicError, UnsupportedError
+from lic.images.limits import without_pillows_limits
 
 LIMIT = 10_000_000
 HEIGHT, WIDTH = 21, 34
@@ -71,27 +74,39 @@ def key(*values: int) -> bytes:
     return chunk(b"tRNS", struct.pack(f">{len(values)}H", *values))
 
 
-def tiff(samples: np.ndarray, photometric: int, *, alpha: bool = False, big_endian: bool = False) -> bytes:
-    """An uncompressed TIFF of 16 bits."""
+def tiff(
+    samples: np.ndarray,
+    photometric: int,
+    *,
+    alpha: int = 0,
+    big_endian: bool = False,
+    planar: bool = False,
+    deflate: bool = False,
+) -> bytes:
+    """A TIFF of 16 bits. ``alpha``: 1 premultiplied, 2 straight. ``planar``: a plane for each channel."""
     order = ">" if big_endian else "<"
     samples = samples if samples.ndim == 3 else samples[..., None]
-    strip = samples.astype(f"{order}u2").tobytes()
     height, width, channels = samples.shape
-    entries = [(256, 4, [width]), (257, 4, [height]), (258, 3, [16] * channels), (259, 3, [1])]
-    entries += [(262, 3, [photometric]), (273, 4, [0]), (277, 3, [channels]), (278, 4, [height])]
-    entries += [(279, 4, [len(strip)])] + ([(338, 3, [2])] if alpha else [])
+    planes = np.split(samples, channels, axis=2) if planar else [samples]
+    strips = [plane.astype(f"{order}u2").tobytes() for plane in planes]
+    strips = [zlib.compress(strip) for strip in strips] if deflate else strips
+    entries = [(256, 4, [width]), (257, 4, [height]), (258, 3, [16] * channels), (259, 3, [8 if deflate else 1])]
+    entries += [(262, 3, [photometric]), (273, 4, [0] * len(strips)), (277, 3, [channels]), (278, 4, [height])]
+    entries += [(279, 4, [len(strip) for strip in strips]), (284, 3, [2 if planar else 1])]
+    entries += [(338, 3, [alpha])] if alpha else []
     data_at = 8 + 2 + 12 * len(entries) + 4
+    strips_at = data_at + 64
     data = b""
     directory = struct.pack(order + "H", len(entries))
     for tag, kind, values in entries:
         if tag == 273:
-            values = [data_at + 8]
+            values = [strips_at + sum(map(len, strips[:i])) for i in range(len(strips))]
         content = struct.pack(f"{order}{len(values)}{'H' if kind == 3 else 'I'}", *values)
         if len(content) > 4:
-            content, data = struct.pack(order + "I", data_at), content.ljust(8, b"\0")
+            content, data = struct.pack(order + "I", data_at + len(data)), data + content
         directory += struct.pack(order + "HHI", tag, kind, len(values)) + content.ljust(4, b"\0")
     start = (b"MM\0*" if big_endian else b"II*\0") + struct.pack(order + "I", 8)
-    return start + directory + bytes(4) + data.ljust(8, b"\0") + strip
+    return start + directory + bytes(4) + data.ljust(64, b"\0") + b"".join(strips)
 
 
 def cmyk_profile() -> bytes:
@@ -135,6 +150,7 @@ SOURCES: dict[str, Callable[[], bytes]] = {
     "RGB WebP with transparency": lambda: saved(np.dstack([RGB, ALPHA]), "WEBP", lossless=True),
     "RGB PNG with one transparent colour": lambda: png(RGB, 8, before=key(*RGB[3, 4])),
     "RGB PNG of gamma 1": lambda: png(RGB, 8, before=chunk(b"gAMA", struct.pack(">I", 100_000))),
+    "RGB PNG of BT.2020 and PQ (cICP)": lambda: png(RGB, 8, before=chunk(b"cICP", bytes([9, 16, 0, 1]))),
     "gray PNG": lambda: saved(GRAY, "PNG"),
     "gray JPEG": lambda: saved(GRAY, "JPEG"),
     "gray PGM": lambda: saved(GRAY, "PPM"),
@@ -161,7 +177,9 @@ SOURCES: dict[str, Callable[[], bytes]] = {
     "plain (ASCII) PPM of 16 bits": lambda: PLAIN16,
     "gray PGM of 16 bits": lambda: saved(Image.fromarray(GRAY16.astype(np.int32)), "PPM"),
     "RGB TIFF of 16 bits": lambda: tiff(RGB16, 2),
-    "RGB TIFF of 16 bits with transparency": lambda: tiff(np.dstack([RGB16, ALPHA16]), 2, alpha=True),
+    "RGB TIFF of 16 bits with transparency": lambda: tiff(np.dstack([RGB16, ALPHA16]), 2, alpha=2),
+    "RGB TIFF of 16 bits, a plane for each channel": lambda: tiff(RGB16, 2, planar=True),
+    "the same, compressed": lambda: tiff(RGB16, 2, planar=True, deflate=True),
     "gray TIFF of 16 bits": lambda: tiff(GRAY16, 1, big_endian=True),
     "gray TIFF of 16 bits, white is zero": lambda: tiff(65535 - GRAY16, 0),
     "gray TIFF of 32 bits that holds 16": lambda: saved(Image.fromarray(GRAY16.astype(np.int32)), "TIFF"),
@@ -416,6 +434,32 @@ def test_16_bits_are_written_and_read_back(array: np.ndarray, format: str) -> No
         assert np.array_equal(back.to_array(), array)
 
 
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("array", [RGB16, np.dstack([RGB16, ALPHA16])], ids=["RGB", "RGBA"])
+def test_tiff_of_planes(array: np.ndarray, big_endian: bool) -> None:
+    options = {"planar": True, "big_endian": big_endian, "alpha": 2 * (array.shape[2] == 4)}
+    assert np.array_equal(read(tiff(array, 2, **options)).to_array(), array)
+    compressed = read(tiff(array, 2, deflate=True, **options))
+    assert np.array_equal(compressed.to_array(), array >> 8) and compressed.reduced == container.Reduced.PRECISION
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff(np.dstack([RGB16, ALPHA16]), 2, planar=True, alpha=1),
+        tiff(np.dstack([RGB16, ALPHA16]), 2, planar=True, alpha=1, deflate=True),
+        tiff(np.dstack([RGB16, ALPHA16]), 5, planar=True),
+        tiff(np.dstack([GRAY16, ALPHA16]), 1, alpha=2),
+        tiff(RGB16, 2)[:60],
+    ],
+    ids=["premultiplied", "premultiplied, compressed", "CMYK", "gray with transparency", "truncated"],
+)
+def test_tiff_files_that_cannot_be_read(data: bytes) -> None:
+    with pytest.raises(LicError, match=r"TIFF.* convert it") as caught:
+        read(data)
+    assert "\n" not in str(caught.value)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 4), st.booleans())
 def test_16_bit_png_of_any_size(height: int, width: int, channels: int, smooth: bool) -> None:
@@ -522,6 +566,26 @@ def test_an_orientation_alone_is_no_metadata() -> None:
     assert read(saved(RGB, "JPEG", exif=exif)).metadata.exif is None
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_orientation_of_another_type_is_upright_afterwards(order: str) -> None:
+    entries = struct.pack(order + "HHI4s", 0x010F, 2, 2, b"M\0") + struct.pack(order + "HHII", 0x0112, 4, 1, 6)
+    exif = (b"MM\0*" if order == ">" else b"II*\0") + struct.pack(order + "IH", 8, 2) + entries + bytes(4)
+    picture = read(saved(RGB, "JPEG", exif=b"Exif\0\0" + exif))
+    assert (picture.width, picture.height) == (HEIGHT, WIDTH)
+    kept = Image.Exif()
+    kept.load(picture.metadata.exif or b"")
+    assert dict(kept) == {0x010F: "M", 0x0112: 1}
+
+
+def test_exif_in_a_text_of_a_png() -> None:
+    """As ImageMagick wrote it before there was a chunk for it."""
+    exif, info = b"Exif\0\0" + exif_with(6), PngInfo()
+    digits = "\n".join(exif.hex()[at : at + 72] for at in range(0, 2 * len(exif), 72))
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{digits}\n", zip=True)
+    picture = read(saved(RGB, "PNG", pnginfo=info))
+    assert picture.width == HEIGHT and picture.metadata.exif == exif_with(1)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 255), st.integers(0, 3200), st.booleans())
 def test_damaged_exif_never_costs_the_picture(at: int, value: int, size: int, big_endian: bool) -> None:
@@ -612,6 +676,34 @@ def test_a_profile_that_does_not_fit_is_left_out() -> None:
     assert images.left_out(read(saved(GRAY, "PNG", icc_profile=gray_profile)), "webp") == ["colour profile"]
 
 
+@pytest.mark.parametrize("format", ["PNG", "AVIF"])
+def test_a_colour_space_by_number_is_said_to_be_left_out(format: str) -> None:
+    def coded(primaries: int, transfer: int, profile: bytes | None = None) -> bytes:
+        if format == "PNG":
+            named = chunk(b"cICP", bytes([primaries, transfer, 0, 1]))
+            return png(RGB, 8, before=named + (chunk(b"iCCP", b"p\0\0" + zlib.compress(profile)) if profile else b""))
+        data = bytearray(saved(RGB, "AVIF", icc_profile=profile or b""))
+        at = data.index(b"colrnclx")
+        data[at + 8 : at + 12] = struct.pack(">HH", primaries, transfer)
+        return bytes(data)
+
+    for primaries, transfer in ((1, 13), (2, 2), (1, 1)):
+        assert read(coded(primaries, transfer)).notes == ()
+    for primaries, transfer in ((9, 16), (12, 13), (1, 8)):
+        picture = read(coded(primaries, transfer))
+        assert picture.reduced == container.Reduced.COLOUR_SPACE
+        assert f"primaries {primaries}, transfer {transfer}" in picture.notes[0]
+        assert read(coded(primaries, transfer, SRGB)).notes == ()
+
+
+def test_large_profiles_in_png() -> None:
+    """Pillow alone refuses to open a PNG with more than a megabyte of profile."""
+    large = SRGB + np.random.default_rng(0).bytes(1_500_000)
+    assert read(saved(RGB, "PNG", icc_profile=large)).metadata.icc == large
+    with pytest.raises(ValueError, match="too large"):  # whose limit is back
+        Image.open(io.BytesIO(saved(RGB, "PNG", icc_profile=large)))
+
+
 def test_strip_says_when_it_changes_colours(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     other = SRGB.replace(b"sRGB", b"wide").replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
     (tmp_path / "a.png").write_bytes(saved(RGB, "PNG", icc_profile=other))
@@ -666,6 +758,23 @@ def test_strips_of_every_mode_come_back(shape: tuple[int, int]) -> None:
             assert channels in (1, 3) or np.array_equal(back[..., -1], array[..., -1])
 
 
+def test_threads_read_at_the_same_time() -> None:
+    """Lifting Pillow's limits is a setting of the process, but no reason for readers to take turns."""
+    before = Image.MAX_IMAGE_PIXELS
+    both = threading.Barrier(2, timeout=60)
+
+    def lift(_: int) -> int | None:
+        with without_pillows_limits():
+            both.wait()
+            limit = Image.MAX_IMAGE_PIXELS
+            both.wait()
+        return limit
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lift, range(2))) == [None, None]
+    assert Image.MAX_IMAGE_PIXELS == before is not None
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SOURCES)), st.integers(0, 10**6), st.integers(0, 255), st.integers(0, 10**6))
 def test_damaged_sources_give_a_picture_or_one_line(source: str, at: int, value: int, cut: int) -> None:
@@ -712,3 +821,16 @@ def test_lists_and_metadata_in_python() -> None:
     assert codec.decode_array(codec.encode(RGB), bits=16).dtype == np.uint16
     with pytest.raises(lic.UsageError, match="8 or 16"):
         codec.decode_array(files[0], bits=12)
+
+
+def test_what_is_no_picture_and_no_data_is_named() -> None:
+    codec = lic.Codec("tiny", "cpu")
+    for wrong in ("photo.png", b"\x89PNG"):
+        with pytest.raises(lic.UsageError, match=f"not {type(wrong).__name__}"):
+            codec.encode(wrong)
+    data = codec.encode(RGB)
+    assert codec.decode(bytearray(data)) == codec.decode(memoryview(data)) == codec.decode(data)
+    assert lic.info(memoryview(data)) == lic.info(data)
+    for call in (codec.decode, codec.decode_array, lic.decode, lic.info):
+        with pytest.raises(lic.UsageError, match="bytes, not str"):
+            call("photo.lic")

@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 import lic
 import lic.pillow
+from lic.model import store
 
 CODING = {"model": "tiny", "device": "cpu"}
 
@@ -54,6 +55,16 @@ def test_opening_does_not_import_torch(tmp_path: Path, picture: np.ndarray) -> N
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_model_is_loaded_once(picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, loaded = lic.encode(picture, **CODING), []
+    load_file = store.load_file
+    monkeypatch.setattr(store, "load_file", lambda *arguments: loaded.append(1) or load_file(*arguments))
+    lic.pillow._decoder.cache_clear()
+    for _ in range(2):
+        Image.open(io.BytesIO(data)).load()
+    assert loaded == [1]
 
 
 def test_damage_is_an_oserror_and_other_files_are_not_ours(tmp_path: Path, picture: np.ndarray) -> None:

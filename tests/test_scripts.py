@@ -127,6 +127,9 @@ def test_convert_tree(shell: Shell, folder: Path) -> None:
     assert done.returncode == 1 and "coded/a.lic: not a .lic file" in done.stderr
     assert shell(script, "photos").returncode == 2
     assert shell(script, "photos", "coded", "--nonsense").returncode == 2
+    (folder / "empty").mkdir()
+    done = shell(script, "empty", "new")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "nothing to do" in done.stderr
 
 
 @pytest.mark.parametrize("inotify", [True, False], ids=["inotifywait", "polling"])
@@ -164,6 +167,12 @@ def test_watch_folder(folder: Path, inotify: bool) -> None:
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "broken.png: not a picture" in stderr.decode()
+
+
+def test_watch_folder_ends_where_the_options_are_wrong(shell: Shell) -> None:
+    done = shell('scripts/watch_folder.sh "$@"', "photos", "coded", "--nonsense")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "--nonsense" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

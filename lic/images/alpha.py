@@ -9,7 +9,7 @@ from PIL import Image
 
 from lic.container import ALPHA, Section
 from lic.errors import CorruptError, UnsupportedError
-from lic.images.limits import without_pillows_limit
+from lic.images.limits import without_pillows_limits
 
 _CONSTANT, _PNG, _WEBP = 0, 1, 2  # methods
 _WEBP_SIDE = 16383  # pixels
@@ -51,7 +51,7 @@ def alpha_of(section: Section, width: int, height: int) -> np.ndarray:
 
 def _decoded(data: bytes, format: str, width: int, height: int) -> np.ndarray:
     try:
-        with without_pillows_limit(), Image.open(io.BytesIO(data), formats=[format]) as image:
+        with without_pillows_limits(), Image.open(io.BytesIO(data), formats=[format]) as image:
             if image.size != (width, height):
                 raise CorruptError(f"damaged: the transparency is of another size, {image.width}x{image.height}")
             samples = np.asarray(image)

@@ -17,14 +17,25 @@ from PIL import Image
 
 from lic.errors import LicError
 
+_BITS_PER_SAMPLE, _PLANAR_CONFIGURATION = 258, 284  # tags of TIFF
 _PPM = ("ppm", "ppm_plain")
 _16_BITS = re.compile(";16[LBN]$")  # without the last letter: 5, 6 and 5 bits
 _OTHER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 
-def is_deep(tiles: list[Any]) -> bool:
-    """Whether an opened file holds more than 8 bits a sample. ``tiles``: of Pillow, before it loads."""
-    return any(_16_BITS.search(raw_mode(tile)) or (_codec(tile) in _PPM and tile[3][-1] > 255) for tile in tiles)
+def is_deep(image: Image.Image, tiles: list[Any]) -> bool:
+    """Whether an opened file holds more than 8 bits a sample. ``tiles``: of Pillow, before it loads.
+
+    Raises LicError where Pillow would read wrong samples.
+    """
+    if _is_planar(image):
+        straight = {raw_mode(tile) for tile in tiles} == set(image.mode) and image.mode in ("RGB", "RGBA")
+        if not straight and (_codec(tiles[0]) != "libtiff" or "RGBa" in raw_mode(tiles[0])):
+            raise LicError("a TIFF of 16 bits of this kind with a plane for each channel is not supported: convert it")
+        return True
+    return any(
+        _16_BITS.search(raw_mode(tile)) or (_codec(tile) in _PPM and tile[3][-1] > 255) for tile in tiles
+    )
 
 
 def deep_samples(data: bytes, image: Image.Image, tiles: list[Any]) -> np.ndarray | None:
@@ -33,6 +44,8 @@ def deep_samples(data: bytes, image: Image.Image, tiles: list[Any]) -> np.ndarra
     ``image`` is the loaded picture, ``tiles`` what it had before.
     """
     raw_modes = {raw_mode(tile) for tile in tiles}
+    if _is_planar(image):
+        return None if _codec(tiles[0]) == "libtiff" else _planes(data, image)
     if len(tiles) == 1 and _codec(tiles[0]) == "ppm" and image.mode == "RGB":
         return _ppm(data, image.size, offset=tiles[0][2], white=tiles[0][3][-1])
     if raw_modes == {"LA;16B"}:
@@ -42,6 +55,12 @@ def deep_samples(data: bytes, image: Image.Image, tiles: list[Any]) -> np.ndarra
         low = _again(data, image, image.mode, lambda raw: raw[:-1] + _OTHER[raw[-1]])
         return np.asarray(image).astype(np.uint16) * np.uint16(256) + low
     return None
+
+
+def _is_planar(image: Image.Image) -> bool:
+    """Whether it is a TIFF of more than 8 bits with a plane for each channel."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return tags.get(_PLANAR_CONFIGURATION) == 2 and max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8
 
 
 def _codec(tile: Any) -> str:
@@ -65,6 +84,19 @@ def _again(data: bytes, image: Image.Image, mode: str, change: Callable[[str], s
         tiles.append(tile._replace(args=args))
     other.tile = tiles
     return np.asarray(other).astype(np.uint16)
+
+
+def _planes(data: bytes, image: Image.Image) -> np.ndarray:
+    """The samples of an uncompressed TIFF of 16 bits, read plane by plane as if each were a gray picture."""
+    planes = []
+    for band in image.mode:
+        other: Any = Image.open(io.BytesIO(data), formats=["TIFF"])
+        other._mode = "I;16"
+        order = "I;16B" if data[:2] == b"MM" else "I;16"
+        tiles = [tile for tile in other.tile if raw_mode(tile) == band]
+        other.tile = [tile._replace(args=(order, *tile[3][1:])) for tile in tiles]
+        planes.append(np.asarray(other))
+    return np.stack(planes, axis=2)
 
 
 def _ppm(data: bytes, size: tuple[int, int], *, offset: int, white: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from PIL import Image
 
 PREFIX = b"Exif\0\0"
 ORIENTATION = 0x0112
+_SHORT = 3  # type of a tag
 _THUMBNAIL_OFFSET, _THUMBNAIL_LENGTH = 0x0201, 0x0202
 # A TIFF file's directory describes its pixels; only these of its tags, and these sub-directories, describe the picture.
 _OF_A_TIFF = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
@@ -35,7 +36,7 @@ def upright_exif(exif: bytes) -> bytes | None:
         (first,) = struct.unpack_from(order + "I", data, 4)
         tags, link = _directory(data, order, first)
         if ORIENTATION in tags:
-            struct.pack_into(order + "HH", data, tags[ORIENTATION] + 8, 1, 0)
+            struct.pack_into(order + "HIHH", data, tags[ORIENTATION] + 2, _SHORT, 1, 1, 0)
         second = struct.unpack_from(order + "I", data, link)[0] if link + 4 <= len(data) else 0
         if second:
             struct.pack_into(order + "I", data, link, 0)
@@ -43,6 +44,11 @@ def upright_exif(exif: bytes) -> bytes | None:
     except (KeyError, struct.error) as error:
         raise ValueError("damaged EXIF") from error
     return bytes(data) if set(tags) - {ORIENTATION} else None
+
+
+def of_raw_profile(text: str) -> bytes:
+    """EXIF as ImageMagick put it into a text of a PNG before PNG had a chunk for it. ValueError if damaged."""
+    return bytes.fromhex("".join(text.strip("\n").split("\n")[2:]))  # below its name and its length
 
 
 def upright_xmp(xmp: bytes) -> bytes:
@@ -70,4 +76,3 @@ def _blank_thumbnail(data: bytearray, order: str, offset: int) -> None:
     for start, stop in ranges:
         stop = min(stop, len(data))
         data[start:stop] = bytes(max(0, stop - start))
-

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from lic.container import METADATA_LIMIT, Metadata, Reduced
 from lic.errors import LicError
 from lic.images import deep, exif
-from lic.images.limits import without_pillows_limit
+from lic.images.limits import without_pillows_limits
 from lic.images.picture import Picture, picture_of_array
 
 # Pillow knows many more formats; these are the ones that photographs come in and that the tests cover.
@@ -25,6 +25,9 @@ PICTURE_SUFFIXES = frozenset(
 
 _SRGB_GAMMA = 0.45455  # of a PNG; others say that the samples mean something else
 _SAME_GAMMA = 0.01
+
+# Of H.273, as PNG and AVIF name a colour space: sRGB, near it, or unspecified.
+_PLAIN_PRIMARIES, _PLAIN_TRANSFERS = (1, 2), (1, 2, 6, 13)
 
 _KEY_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads gray of 2 and 4 bits over 8, but not the transparent one
 
@@ -78,20 +81,23 @@ def _too_large(width: int, height: int, max_pixels: int) -> LicError:
 
 def _of_file(data: bytes, max_pixels: int) -> Picture:
     try:
-        with without_pillows_limit():
+        with without_pillows_limits():
             image = Image.open(io.BytesIO(data), formats=READABLE)
             if image.width * image.height > max_pixels:
                 raise _too_large(image.width, image.height, max_pixels)
             tiles = list(image.tile)
             reasons = _reasons(image, data)
+            is_deep = deep.is_deep(image, tiles)
             image.load()
-            samples = deep.deep_samples(data, image, tiles) if deep.is_deep(tiles) else None
-            if samples is None and image.mode[0] != "I" and deep.is_deep(tiles):
+            samples = deep.deep_samples(data, image, tiles) if is_deep else None
+            if samples is None and image.mode[0] != "I" and is_deep:
                 reasons["16 bits per sample became 8"] = Reduced.PRECISION
             return _of_image(image, reasons, samples, _KEY_SPREAD.get(deep.raw_mode(tiles[0]), 1) if tiles else 1)
     except (LicError, MemoryError):
         raise
     except UnidentifiedImageError:
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            raise LicError("a damaged TIFF, or one of a kind that is not supported: convert it") from None
         what = "the file is empty" if not data else "not a picture of a known format"
         raise LicError(f"{what} (known: PNG, PPM, WebP, TIFF, JPEG, BMP, AVIF, GIF)") from None
     except Exception as error:
@@ -102,9 +108,6 @@ def _of_file(data: bytes, max_pixels: int) -> Picture:
 def _reasons(image: Image.Image, data: bytes) -> dict[str, Reduced]:
     """What the file has and its first frame in Pillow's 8 bits has not: notes and their kinds."""
     reasons = {}
-    tags: Any = getattr(image, "tag_v2", {})
-    if tags.get(284) == 2 and max(tags.get(258, (1,))) > 8:  # PlanarConfiguration, BitsPerSample: Pillow errs
-        raise LicError("a TIFF of 16 bits with a plane for each channel is not supported: convert it")
     frames = getattr(image, "n_frames", 1)
     # A JPEG of a phone may carry a second view or a gain map behind the picture (MPO): nobody misses those.
     if frames > 1 and image.format != "MPO":
@@ -112,7 +115,20 @@ def _reasons(image: Image.Image, data: bytes) -> dict[str, Reduced]:
     bits = _avif_bits(data) if image.format == "AVIF" else 8
     if bits > 8:
         reasons[f"{bits} bits per sample became 8"] = Reduced.PRECISION
+    primaries, transfer = _code_points(data, image.format)
+    if not image.info.get("icc_profile") and not (primaries in _PLAIN_PRIMARIES and transfer in _PLAIN_TRANSFERS):
+        named = f"H.273: primaries {primaries}, transfer {transfer}"
+        reasons[f"the colour space ({named}) was left out: colours may look different"] = Reduced.COLOUR_SPACE
     return reasons
+
+
+def _code_points(data: bytes, format: str | None) -> tuple[int, int]:
+    """Primaries and transfer function that the file names by number, which Pillow passes over."""
+    if format == "PNG" and 0 < (at := data.find(b"cICP", 0, data.find(b"IDAT"))) < len(data) - 5:
+        return data[at + 4], data[at + 5]
+    if format == "AVIF" and 0 < (at := data.find(b"colrnclx")) < len(data) - 12:
+        return data[at + 9], data[at + 11]
+    return 2, 2
 
 
 def _avif_bits(data: bytes) -> int:
@@ -253,6 +269,8 @@ def _metadata(image: Image.Image, profile: bytes | None, gray: bool, reasons: di
 def _exif(image: Image.Image, reasons: dict[str, Reduced]) -> bytes | None:
     try:
         data = exif.exif_of_tiff(image) if image.format == "TIFF" else image.info.get("exif")
+        if not data and (text := image.info.get("Raw profile type exif")):
+            data = exif.of_raw_profile(text)
         return exif.upright_exif(data) if data else None
     except Exception:  # Pillow raises SyntaxError, struct.error and more on damaged EXIF
         reasons["damaged EXIF was left out"] = Reduced(0)
