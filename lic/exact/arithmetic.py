@@ -72,11 +72,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Ten
         return F.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(x.dtype)
     # Products of 8-bit integers: activations of 11 bits are cut in two, x = 16·high + low.
     rows = x.flatten(0, -2)
-    padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % 32))  # some devices want many rows
+    count, inputs = rows.shape
+    outputs = len(weight)
+    padded = F.pad(rows, (0, -inputs % 8, 0, -count % 32))  # some devices want many rows, and multiples of 8
     high = torch.floor(padded / 16)
-    w = (weight / scale[:, None]).to(torch.int8).t().contiguous()
+    w = F.pad(weight / scale[:, None], (0, -inputs % 8, 0, -outputs % 8)).to(torch.int8).t().contiguous()
     total = 16 * torch._int_mm(high.to(torch.int8), w) + torch._int_mm((padded - 16 * high).to(torch.int8), w)
-    y = total[: rows.shape[0]].to(x.dtype) * scale
+    y = total[:count, :outputs].to(x.dtype) * scale
     return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
 
