@@ -39,8 +39,7 @@ class EncodeResult:
     uint8 or uint16 as the source, (H, W, 3), or (H, W, 1) if gray; ``psnr``: of it, in dB over all samples,
     infinite if it is exact (under full transparency, against the colour that was coded there).
     ``quality``: at which it was encoded. ``estimated_bits``: the model's own estimate of the coded size.
-    ``symbols_sha256``: as in DecodeResult. ``seconds``: without loading the model. ``notes``: in words, what was lost
-    before coding began.
+    ``symbols_sha256``: as in DecodeResult. ``seconds``: without loading the model. ``notes``: in words, what was
     lost before coding began.
     """
 
