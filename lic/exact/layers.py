@@ -201,7 +201,7 @@ def divide(numerator: Tensor, denominator: Tensor | int) -> Tensor:
     The quotient is a whole number or at least 1 / 2d away from one. While it is below 2**53 / 4d, the rounding error of
     the division cannot cross one.
     """
-    quotient = torch.floor((2 * numerator + denominator) / (2 * denominator))
+    quotient = (2 * numerator).add_(denominator).div_(2 * denominator).floor_()
     if not numerator.requires_grad:
         return quotient
     value = numerator / denominator
@@ -214,10 +214,10 @@ def attend(
     """Attention over keys, with a weight of zero for those that lie 8 or more below the largest logit.
 
     q (..., Q, D), k and v (..., K, D); bias is added to the logits (..., Q, K); mask is True at keys that take part.
-    Returns (..., Q, D) in v's unit. Products are scaled by about D^-1/2, a power of two. In integers:
-    logits in 1/32, weights exp(-d/32) from a table, sums of weights and of
-    weighted values below 2**24 (the caller's grids see to that), one rounded division at the end. With ``block``,
-    weighted values are summed over so many keys at a time; only these sums need to stay below, float64 adds them up.
+    Returns (..., Q, D) in v's unit. Products are scaled by about D^-1/2, a power of two. In integers: logits in 1/32,
+    weights exp(-d/32) from a table, sums of weights and of weighted values below 2**24 (the caller's grids see to
+    that), one rounded division at the end. With ``block``, weighted values are summed over so many keys at a time;
+    only these sums need to stay below, float64 adds them up.
     """
     scale_bits = int(math.log2(q.x.shape[-1])) // 2
     if not exact:
@@ -232,13 +232,14 @@ def attend(
     if q.bits + k.bits + scale_bits < LOGIT_BITS:
         raise ValueError("queries and keys are too coarse")
     products = arithmetic.matmul(q.x, k.x.transpose(-1, -2))
-    logits = round_ste(products * 2.0 ** (LOGIT_BITS - q.bits - k.bits - scale_bits))
-    logits = logits + round_ste(bias * 2.0**LOGIT_BITS)
+    scale = 2.0 ** (LOGIT_BITS - q.bits - k.bits - scale_bits)
+    logits = round_ste(products * scale) if products.requires_grad else products.mul_(scale).round_()
+    logits += round_ste(bias * 2.0**LOGIT_BITS)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -(2.0**40))
-    below = (logits.amax(dim=-1, keepdim=True).detach() - logits).clamp(max=len(EXP) - 1)
+        logits.masked_fill_(~mask, -(2.0**40))
+    below = (logits.amax(dim=-1, keepdim=True).detach() - logits).clamp_(max=len(EXP) - 1)
     table = torch.as_tensor(EXP, device=below.device, dtype=below.dtype)
-    weight = table[below.detach().long()]
+    weight = table.index_select(0, below.detach().int().flatten()).view(below.shape)
     if below.requires_grad:
         smooth = EXP_LIMIT * torch.exp(below / -(2.0**LOGIT_BITS))
         weight = smooth + (weight - smooth).detach()

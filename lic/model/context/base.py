@@ -104,21 +104,23 @@ class Unit(NamedTuple):
 
     def features(self, y: Tensor) -> Fixed:
         """Integer latents (..., C) over their unit as inputs (..., 2·C): linear up to ±8, and logarithmic."""
+        if not self.exact:
+            return Fixed(self._real_features(y))
+        ratio = torch.round(y.double() * self.inverse * 2**RATIO_BITS).clamp_(-RATIO_LIMIT, RATIO_LIMIT)
+        table = torch.as_tensor(LOG, device=y.device, dtype=y.dtype)
+        log = table.index_select(0, ratio.detach().abs().int().flatten()).view(ratio.shape)
+        linear = torch.round(ratio / 2 ** (RATIO_BITS - LOG_BITS)).clamp_(-NARROW, NARROW).to(y.dtype)
+        integers = torch.cat([linear, log.copysign_(linear)], dim=-1)
+        if y.requires_grad:
+            real = (self._real_features(y) * 2**LOG_BITS).to(y.dtype)
+            integers = real + (integers - real).detach()
+        return Fixed(integers, LOG_BITS, NARROW)
+
+    def _real_features(self, y: Tensor) -> Tensor:
         u = y / self.steps
         log = torch.sign(u) * torch.log1p(8 * u.abs().clamp(max=RATIO_LIMIT / 2**RATIO_BITS))
         limit = NARROW / 2**LOG_BITS
-        real = torch.cat([u.clamp(-limit, limit), log], dim=-1)
-        if not self.exact:
-            return Fixed(real)
-        ratio = torch.round(y.double() * self.inverse * 2**RATIO_BITS).clamp(-RATIO_LIMIT, RATIO_LIMIT)
-        table = torch.as_tensor(LOG, device=y.device)
-        log = torch.sign(ratio) * table[ratio.abs().long()]
-        linear = torch.round(ratio / 2 ** (RATIO_BITS - LOG_BITS)).clamp(-NARROW, NARROW)
-        integers = torch.cat([linear, log], dim=-1).to(y.dtype)
-        if y.requires_grad:
-            real = (real * 2**LOG_BITS).to(y.dtype)
-            integers = real + (integers - real).detach()
-        return Fixed(integers, LOG_BITS, NARROW)
+        return torch.cat([u.clamp(-limit, limit), log], dim=-1)
 
     def prediction(self, answer: Fixed) -> Prediction:
         """Network output (..., 2·C), means then log-scales relative to the unit, -> Prediction (..., C)."""
