@@ -78,7 +78,7 @@ class Unit(NamedTuple):
     """Quantiser steps per standard deviation of each channel, (B, M) or broadcastable to latents.
 
     ``steps`` and ``inverse``: the unit and its inverse; ``scale_index``: its place on the scale of Prediction's times
-    2**24. Where arithmetic is ``exact``: float64, integers times powers of two (bitstream_spec.md 5.4).
+    2**24. Where arithmetic is ``exact``: float64, integers times powers of two (bitstream_spec.md 5.5).
     """
 
     steps: Tensor
