@@ -78,9 +78,7 @@ class Codec:
     sets torch's CPU threads, for the process.
     """
 
-    def __init__(
-        self, model: str = DEFAULT_MODEL, device: str = "auto", *, threads: int | None = None
-    ) -> None:
+    def __init__(self, model: str = DEFAULT_MODEL, device: str = "auto", *, threads: int | None = None) -> None:
         self._name = model
         self._device_name = check_device(device)
         self._threads = threads
@@ -143,9 +141,7 @@ class Codec:
         result = self.decode_result(data, bits=None if header.gray else 8, max_pixels=max_pixels)
         return result.picture.to_image()
 
-    def decode_array(
-        self, data: bytes, *, bits: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
-    ) -> np.ndarray:
+    def decode_array(self, data: bytes, *, bits: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
         """The samples of a ``.lic`` file: uint8 or uint16, (H, W), or (H, W, 2..4) as for :meth:`encode`.
 
         ``bits`` is 8 or 16; None: 16 if the source had more than 8. Raises what :meth:`decode` raises.

@@ -40,9 +40,7 @@ def check_stdout() -> None:
     if sys.stdout is None:
         raise LicError("standard output is closed")
     if sys.stdout.isatty():
-        raise UsageError(
-            "refusing to write binary data to a terminal: redirect standard output or name a file"
-        )
+        raise UsageError("refusing to write binary data to a terminal: redirect standard output or name a file")
 
 
 @contextlib.contextmanager

@@ -90,9 +90,7 @@ def test_devices_have_known_names(name: str) -> None:
         select_device(name)
 
 
-def test_weights_are_loaded_once_for_both_directions(
-    monkeypatch: pytest.MonkeyPatch, picture: np.ndarray
-) -> None:
+def test_weights_are_loaded_once_for_both_directions(monkeypatch: pytest.MonkeyPatch, picture: np.ndarray) -> None:
     loaded = []
     load_file = store.load_file
 

@@ -95,9 +95,7 @@ def test_ms_ssim_db() -> None:
 
 # --- BD-rate ---------------------------------------------------------------------------------------
 
-ANCHOR = Curve(
-    "anchor", (0.1, 0.25, 0.5, 1.0, 2.0), (27.0, 30.0, 33.0, 36.5, 40.0), (0.9, 0.95, 0.97, 0.99, 0.995)
-)
+ANCHOR = Curve("anchor", (0.1, 0.25, 0.5, 1.0, 2.0), (27.0, 30.0, 33.0, 36.5, 40.0), (0.9, 0.95, 0.97, 0.99, 0.995))
 
 
 def scaled(factor: float) -> Curve:
@@ -432,9 +430,7 @@ def test_command_writes_a_whole_report(folder: Path, run) -> None:
     assert len(results["images"]) == 6 and len(results["summary"]) == 3
     assert [line["reference"] for line in results["bd_rate"]] == ["published", "WebP (anchors.json)"]
     with (out / "results.csv").open(newline="") as file:
-        assert [float(row["psnr"]) for row in csv.DictReader(file)] == [
-            image["psnr"] for image in results["images"]
-        ]
+        assert [float(row["psnr"]) for row in csv.DictReader(file)] == [image["psnr"] for image in results["images"]]
     (curve,) = load_curves(out / "curves.json")  # a later run can take it as an anchor
     assert curve.bpp == pytest.approx([line["bpp"] for line in results["summary"]], abs=1e-6)
     page = (out / "report.html").read_text(encoding="utf-8")

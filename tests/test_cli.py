@@ -35,9 +35,7 @@ def png(tmp_path: Path, picture: np.ndarray) -> Path:
 def coded() -> bytes:
     """A `.lic` file of the tiny model."""
     y, x = np.mgrid[0:44, 0:70]
-    return api.encode(
-        np.stack([3 * x, 5 * y, 60 + x + y], axis=-1).astype(np.uint8), model="tiny", device="cpu"
-    )
+    return api.encode(np.stack([3 * x, 5 * y, 60 + x + y], axis=-1).astype(np.uint8), model="tiny", device="cpu")
 
 
 def failure(done: subprocess.CompletedProcess[bytes], code: int) -> str:
@@ -174,9 +172,7 @@ def test_dev_stdout_is_standard_output(lic: Run, tmp_path: Path, coded: bytes) -
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX shell")
 @pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
-def test_closed_standard_streams_do_not_matter_between_files(
-    lic: Run, tmp_path: Path, png: Path, closed: str
-) -> None:
+def test_closed_standard_streams_do_not_matter_between_files(lic: Run, tmp_path: Path, png: Path, closed: str) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
         script = f'"$@" {closed}'
         command = ["sh", "-c", script, "sh", sys.executable, "-m", "lic", *arguments]
@@ -289,9 +285,7 @@ def test_usage_errors_come_before_any_work(lic: Run, tmp_path: Path, png: Path, 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_failing_inputs_and_outputs(
-    lic: Run, tmp_path: Path, png: Path, arguments: list[str], word: str
-) -> None:
+def test_failing_inputs_and_outputs(lic: Run, tmp_path: Path, png: Path, arguments: list[str], word: str) -> None:
     (tmp_path / "folder.lic").mkdir()
     (tmp_path / "text.png").write_text("no picture")
     Image.new("F", (8, 8)).save(tmp_path / "float.tif")
@@ -396,9 +390,7 @@ def test_a_reader_that_goes_away_is_no_drama(tmp_path: Path, coded: bytes, comma
 def test_terminals_are_no_place_for_binary_data(lic: Run, coded: bytes) -> None:
     main, terminal = os.openpty()
     try:
-        done = lic(
-            "decode", "-", "-", input=coded, capture_output=False, stdout=terminal, stderr=subprocess.PIPE
-        )
+        done = lic("decode", "-", "-", input=coded, capture_output=False, stdout=terminal, stderr=subprocess.PIPE)
         assert done.returncode == 2 and b"refusing to write binary data to a terminal" in done.stderr
         done = lic("decode", "-", "a.png", stdin=terminal)
         assert done.returncode == 2 and b"standard input is a terminal" in done.stderr
@@ -422,9 +414,7 @@ def test_batch_mirrors_folders_and_goes_on_after_failures(lic: Run, tmp_path: Pa
     assert done.returncode == 1 and done.stdout == b""
     lines = done.stderr.decode().splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [os.path.join("in", "broken.png"), "missing.png"]
-    made = sorted(
-        p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()
-    )
+    made = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert made == ["a.lic", "photo.lic", "sub/b.lic"]
 
     done = lic("decode", "out", "--output-dir", "back", "--format", "ppm")
@@ -468,13 +458,9 @@ def test_an_empty_batch_is_a_failure(lic: Run, tmp_path: Path) -> None:
 
 def test_a_missing_device_fails_a_batch_once(lic: Run, png: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = lic(
-        "encode", png, png.parent, "--output-dir", "o", "--model", "tiny", "--device", "cuda", env=environment
-    )
+    done = lic("encode", png, png.parent, "--output-dir", "o", "--model", "tiny", "--device", "cuda", env=environment)
     assert done.returncode == 2  # the same file twice
-    done = lic(
-        "encode", png, "x.png", "--output-dir", "o", "--model", "tiny", "--device", "cuda", env=environment
-    )
+    done = lic("encode", png, "x.png", "--output-dir", "o", "--model", "tiny", "--device", "cuda", env=environment)
     assert "CUDA is not available" in failure(done, 1)
 
 
@@ -559,9 +545,7 @@ def test_what_the_checks_of_doctor_print_is_kept_apart(
     assert "coder:      built" in captured.out and "c++" not in captured.out and "c++" in captured.err
 
 
-def test_doctor_says_what_is_broken(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_says_what_is_broken(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("lic.model.store.available", lambda: [])
     assert cli.run(["doctor"]) == 1
     out = capfd.readouterr().out
@@ -590,9 +574,7 @@ def test_doctor_says_what_is_broken(
     ],
     ids=" ".join,
 )
-def test_torch_is_imported_only_to_code(
-    tmp_path: Path, png: Path, coded: bytes, arguments: list[str]
-) -> None:
+def test_torch_is_imported_only_to_code(tmp_path: Path, png: Path, coded: bytes, arguments: list[str]) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "a.lic").write_bytes(coded)
     script = "import sys; from lic import cli; cli.run(sys.argv[1:]); sys.exit('torch' in sys.modules)"
@@ -602,9 +584,7 @@ def test_torch_is_imported_only_to_code(
 
 
 def test_help_names_all_commands_and_imports_no_picture_library() -> None:
-    script = (
-        "import sys; from lic import cli; cli.run(['--help']); print(sorted(sys.modules), file=sys.stderr)"
-    )
+    script = "import sys; from lic import cli; cli.run(['--help']); print(sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
     for name in ("encode", "decode", "info", "verify", "models", "doctor", "bench", "train", "export"):
         assert f"  {name} " in done.stdout
@@ -617,9 +597,7 @@ def test_lazy_commands_answer_to_help(lic: Run, name: str) -> None:
     assert done.returncode == 0 and f"lic {name}" in done.stdout.decode()
 
 
-def test_export_names_the_commit_of_its_own_checkout_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_export_names_the_commit_of_its_own_checkout_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lic.train import export
 
     def git(*arguments: str) -> str:

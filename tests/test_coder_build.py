@@ -25,9 +25,7 @@ data = coder.encode(values, rows, tables)
 assert coder.decode(data, rows, tables).tolist() == values.tolist()
 print(coder.backend_info(), file=sys.stderr)
 """
-needs_torchac = pytest.mark.skipif(
-    importlib.util.find_spec("torchac") is None, reason="torchac is not installed"
-)
+needs_torchac = pytest.mark.skipif(importlib.util.find_spec("torchac") is None, reason="torchac is not installed")
 NO_PROGRAMS = "/nonexistent"
 
 

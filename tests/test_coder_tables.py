@@ -38,9 +38,7 @@ def test_improbable_ends_go_to_the_escape() -> None:
     assert tables.size.tolist() == [4]
 
 
-@pytest.mark.parametrize(
-    "pmf", [[], [-0.1, 1.1], [0.6, 0.6], [math.nan], [math.inf], [[1.0]], np.ones(20000) / 2e4]
-)
+@pytest.mark.parametrize("pmf", [[], [-0.1, 1.1], [0.6, 0.6], [math.nan], [math.inf], [[1.0]], np.ones(20000) / 2e4])
 def test_wrong_pmfs(pmf: list[float]) -> None:
     with pytest.raises(ValueError, match="pmf"):
         Tables.from_pmfs([pmf], [0])
@@ -120,9 +118,7 @@ def test_invalid_arrays(arrays: dict[str, np.ndarray]) -> None:
         Tables.from_arrays(arrays)
 
 
-@pytest.mark.parametrize(
-    ("scales", "fractions"), [([], 8), ([0.0], 8), ([math.nan], 8), ([1e9], 8), ([1.0], 0)]
-)
+@pytest.mark.parametrize(("scales", "fractions"), [([], 8), ([0.0], 8), ([math.nan], 8), ([1e9], 8), ([1.0], 0)])
 def test_wrong_scales(scales: list[float], fractions: int) -> None:
     with pytest.raises(ValueError, match="scales"):
         gaussian_tables(scales, fractions)

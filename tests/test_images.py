@@ -168,4 +168,3 @@ def test_arrays_in_any_memory_order_are_taken(picture: np.ndarray) -> None:
 def test_a_picture_too_large_for_its_format_is_a_clear_error() -> None:
     with pytest.raises(LicError, match="cannot write 17000x1 pixels as webp"):
         images.picture_bytes(np.zeros((1, 17000, 3), np.uint8), "webp")
-

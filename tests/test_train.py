@@ -24,8 +24,9 @@ from lic.model import store
 from lic.model.codec import CodecModel
 from lic.model.config import CONFIGS
 from lic.train.cli import command
-from lic.train.data import Pictures, Pool
+from lic.train.data import Pictures, Pool, sample
 from lic.train.export import export
+from lic.train.latents import StoredLatents, store_latents
 from lic.train.trainer import Settings, Trainer, averaged_model
 
 CPU = torch.device("cpu")
@@ -54,14 +55,21 @@ def pictures(photos: Path) -> Pictures:
     return Pictures([photos], CPU, seed=1, watch=False)
 
 
+def prepared(photos: Path) -> Pictures:
+    source = pictures(photos)
+    source.wait_for_all(128)
+    return source
+
+
 def fresh_trainer(source: Pictures, settings: Settings = SETTINGS) -> Trainer:
     trainer = Trainer(settings, CPU)
     trainer.fit_shortcut(source)
     return trainer
 
 
-def take_steps(trainer: Trainer, source: Pictures, count: int) -> list[list[float]]:
-    return [trainer.train_step(source, trainer.loss).tolist() for _ in range(count)]
+def take_steps(trainer: Trainer, source: Pictures | StoredLatents, count: int) -> list[list[float]]:
+    loss = trainer.rate_loss if trainer.settings.part == "context" else trainer.loss
+    return [trainer.train_step(source, loss).tolist() for _ in range(count)]
 
 
 def test_loss_falls(photos: Path) -> None:
@@ -98,7 +106,7 @@ def test_refinement_keeps_the_analysis_and_rounds_for_rate(photos: Path) -> None
     source.wait(64)
     trainer = fresh_trainer(source, Settings(model="tiny", batch=2, crop=64, refine_part=1.0))
     torch.nn.init.normal_(trainer.model.g_a.last.weight, std=0.01)
-    x, code = trainer.sample(source, 2, 64)
+    x, code = sample(source, 2, 64, trainer.generator)
     with torch.no_grad():
         before = trainer.model.analysis(x, code)
         plain = trainer.model(x, code, frozen_latents=True).y_bits
@@ -169,14 +177,15 @@ def test_context_model_alone(photos: Path, tmp_path: Path, monkeypatch: pytest.M
     trainer = Trainer(replace(SETTINGS, model="other", part="context"), CPU)
     trainer.start_from(whole.state_dict())
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    x, code = trainer.sample(source, 8, 64)
+    x, code = sample(source, 8, 64, trainer.generator)
+    latents = trainer.model.latents(x, code)
     with torch.no_grad():
-        bits = trainer.model.rate(x, code).y_bits.sum()
+        bits = trainer.model.rate(*latents, code)[0].sum()
     take_steps(trainer, source, 20)
     changed = {k.partition(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"context"}
     with torch.no_grad():
-        assert trainer.model.rate(x, code).y_bits.sum() < bits
+        assert trainer.model.rate(*latents, code)[0].sum() < bits
     again = Trainer(replace(SETTINGS, model="other", part="context"), CPU)
     again.start_from(trainer.model.state_dict())
     assert torch.equal(again.model.state_dict()["context.group"], trainer.model.state_dict()["context.group"])
@@ -192,6 +201,42 @@ def test_context_model_alone(photos: Path, tmp_path: Path, monkeypatch: pytest.M
         store.load_file(store.read_info(target))
     with pytest.raises(RuntimeError):
         Trainer(replace(SETTINGS, model="other"), CPU).start_from(whole.state_dict())
+
+
+def test_context_model_alone_on_stored_latents(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = store.load_file(store.read_info(DATA / "models" / "tiny.safetensors")).net
+    files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    for seed, path in enumerate(files):
+        store_latents(model, prepared(photos), path, count=3, side=128, seed=seed)
+    source = StoredLatents(files, CPU)
+    assert (source.count, source.side) == (6, 128)
+    generator = torch.Generator().manual_seed(0)
+    y, z, code = source.batch(50, generator)
+    assert y.shape == (50, 8, 8, 48) and z.shape == (50, 2, 2, 16)
+    assert len({(float(c), float(a.abs().sum())) for c, a in zip(code, y, strict=True)}) == 6
+    bits, _ = model.rate(y, z, code)  # what goes together is drawn together
+    assert bits.sum() < model.rate(y.roll(1, 0), z, code)[0].sum()
+
+    monkeypatch.setitem(
+        CONFIGS, "other", replace(CONFIGS["tiny"], name="other", system="hyperprior", context={"width": 8})
+    )
+    settings = replace(SETTINGS, model="other", part="context", steps=20, learning_rate=1e-2)
+    trainer = Trainer(settings, CPU)
+    trainer.start_from(model.state_dict())
+    entries: list[dict[str, float]] = []
+    trainer.run(source, 1.0, tmp_path / "state.pt", entries.append)
+    assert trainer.step == 20 and trainer.progress() == 1 and entries[-1]["mpx"] == round(40 * 128**2 / 1e6, 1)
+    fresh = Trainer(settings, CPU)
+    fresh.start_from(model.state_dict())
+    with torch.no_grad():
+        assert trainer.model.rate(y, z, code)[0].sum() < fresh.model.rate(y, z, code)[0].sum()
+    with pytest.raises(LicError, match="--part context"):
+        Trainer(SETTINGS, CPU).run(source, 1.0, tmp_path / "other.pt", entries.append)
+    with pytest.raises(LicError, match="one size"):
+        StoredLatents([], CPU)
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    with pytest.raises(LicError, match="bad"):
+        StoredLatents([tmp_path / "bad.safetensors"], CPU)
 
 
 def test_a_network_that_is_not_frozen_is_not_written(tmp_path: Path) -> None:

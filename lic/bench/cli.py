@@ -52,9 +52,7 @@ def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -
     help="Published or earlier curves of the same pictures, as in curves.json. May be repeated.",
 )  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Errors only, no progress.")
-@click.option(
-    "-v", "--verbose", count=True, expose_value=False, callback=_verbosity, help="Say more; -vv: tracebacks."
-)
+@click.option("-v", "--verbose", count=True, expose_value=False, callback=_verbosity, help="Say more; -vv: tracebacks.")
 def command(
     images: tuple[Path, ...],
     output_dir: Path,

@@ -54,9 +54,7 @@ def ms_ssim_db(value: float) -> float:
 
 def _check(a: Pixels, b: Pixels) -> None:
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8 or a.size == 0:
-        raise ValueError(
-            f"expected two uint8 arrays of one shape, not {a.dtype} {a.shape} and {b.dtype} {b.shape}"
-        )
+        raise ValueError(f"expected two uint8 arrays of one shape, not {a.dtype} {a.shape} and {b.dtype} {b.shape}")
 
 
 def _ms_ssim_plane(a: Pixels, b: Pixels) -> float:

@@ -46,8 +46,7 @@ def svg_chart(curves: Sequence[Curve], metric: str) -> str:
     middle = (LEFT + right) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">bits per pixel</text>')
     parts.append(
-        f'<text transform="translate(14 {(TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">'
-        f"{LABELS[metric]}</text>"
+        f'<text transform="translate(14 {(TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">{LABELS[metric]}</text>'
     )
     parts.append(f'<g clip-path="url(#{metric})" fill="none">')
     for index, (_, points) in reversed(list(enumerate(drawn))):  # the emphasised one on top

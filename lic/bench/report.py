@@ -226,9 +226,7 @@ def html_page(report: Report) -> str:
 
 def write(report: Report, folder: Path) -> list[Path]:
     """Write every file of the report into ``folder``; returns the paths, plots only with matplotlib."""
-    about = (
-        "Means over the pictures of one run of lic bench: bpp of whole files, RGB PSNR in dB, linear MS-SSIM."
-    )
+    about = "Means over the pictures of one run of lic bench: bpp of whole files, RGB PSNR in dB, linear MS-SSIM."
     texts = {
         "results.json": json.dumps(_jsonable(report), indent=1, ensure_ascii=False) + "\n",
         "results.csv": _csv(report.rows),
@@ -258,10 +256,7 @@ def _facts_line(report: Report) -> str:
     memory = ""
     if report.peak_memory_mb is not None:
         memory = f", peak memory of the measuring process (encoder, decoder, metrics) {report.peak_memory_mb:.0f} MB"
-    return (
-        f"{report.curve.source}; {facts.get('date')}, {facts.get('cpu')}, "
-        f"{facts.get('threads')} threads{memory}"
-    )
+    return f"{report.curve.source}; {facts.get('date')}, {facts.get('cpu')}, {facts.get('threads')} threads{memory}"
 
 
 def _csv(rows: Sequence[Row]) -> str:

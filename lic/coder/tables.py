@@ -143,12 +143,7 @@ def gaussian_tables(scales: npt.ArrayLike = SCALES, fractions: int = 8) -> Table
         ValueError: no scales, a scale that is not positive or too large, fractions < 1.
     """
     sigmas = np.asarray(scales, dtype=np.float64)
-    if (
-        sigmas.ndim != 1
-        or sigmas.size == 0
-        or not np.all((sigmas > 0) & (sigmas < MAX_SCALE))
-        or fractions < 1
-    ):
+    if sigmas.ndim != 1 or sigmas.size == 0 or not np.all((sigmas > 0) & (sigmas < MAX_SCALE)) or fractions < 1:
         raise ValueError(f"scales must be positive and below {MAX_SCALE}, fractions at least 1")
     pmfs, offsets, raw_bits = [], [], []
     for sigma in sigmas.tolist():

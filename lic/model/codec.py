@@ -173,18 +173,18 @@ class CodecModel(nn.Module):
         with torch.autocast(z.device.type, enabled=torch.is_autocast_enabled(z.device.type) and not self.exact):
             return self.context.teacher(self.h_s(z, code), y_hat, code, self.unit(code))
 
-    def rate(self, x: Tensor, code: Tensor) -> Forward:
-        """Training pass of the context model alone, as a density model of the other parts' latents.
+    @torch.no_grad()
+    def latents(self, x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers y (B, h, w, M), rounded as the encoder does it, and z (B, h/4, w/4, C) of pixels x."""
+        y = self.analysis(x, code)
+        z = torch.round(self.hyper_analysis(y, code))
+        return self.rounded(y, z, code), z
 
-        These are rounded as the encoder does it. x_hat is x: there is no reconstruction.
-        """
-        with torch.no_grad():
-            y = self.analysis(x, code)
-            z = torch.round(self.hyper_analysis(y, code))
-            y_hat = self.rounded(y, z, code)
+    def rate(self, y_hat: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Bits of integers y_hat and z for each image, (B,), with gradients to h_s and the context model."""
         p = self.predict(z, y_hat, code)
-        bits = gaussian_bits(y_hat, p.mean, p.scale)
-        return Forward(x, bits.sum(dim=(1, 2, 3)), self.prior.bits(z, code).sum(dim=(1, 2, 3)).detach())
+        y_bits = gaussian_bits(y_hat, p.mean, p.scale).sum(dim=(1, 2, 3))
+        return y_bits, self.prior.bits(z, code).sum(dim=(1, 2, 3)).detach()
 
     @torch.no_grad()
     def rounded(self, y: Tensor, z: Tensor, code: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 DOWNSAMPLING = 16  # pixels per latent position, one side
@@ -39,18 +39,48 @@ class Config:
         return cls(**values)
 
 
+BASE = Config(context={"slices": [80, 240], "width": 256, "heads": 8, "mixers": 3, "window": 8})
+
+
+def _context(name: str, system: str, **options: Any) -> Config:
+    """A context model on the transforms and the hyperprior of base."""
+    return replace(BASE, name=name, system=system, context=options)
+
+
+TINY = Config(
+    name="tiny",
+    latent=48,
+    widths=(16, 24, 32),
+    depths=(1, 1, 1),
+    hyper_latent=16,
+    hyper_width=32,
+    psi=32,
+    knots=5,
+    hyper_buckets=2,
+    context={"slices": [16, 32], "width": 32, "heads": 2, "mixers": 1, "window": 4},
+)
+_SEGMENTS = [40, 60, 90, 130]  # channels, in order of energy
+
 CONFIGS = {
-    "base": Config(context={"slices": [80, 240], "width": 256, "heads": 8, "mixers": 3, "window": 8}),
-    "tiny": Config(
-        name="tiny",
-        latent=48,
-        widths=(16, 24, 32),
-        depths=(1, 1, 1),
-        hyper_latent=16,
-        hyper_width=32,
-        psi=32,
-        knots=5,
-        hyper_buckets=2,
-        context={"slices": [16, 32], "width": 32, "heads": 2, "mixers": 1, "window": 4},
-    ),
+    config.name: config
+    for config in (
+        BASE,
+        TINY,
+        _context("hyperprior", "hyperprior", width=512),
+        _context("groupedmixer", "groupedmixer", slices=_SEGMENTS, width=192, heads=6, mixers=3, window=8),
+        _context(
+            "econtextformer",
+            "econtextformer",
+            segments=_SEGMENTS,
+            order="spatial",
+            width=192,
+            heads=4,
+            layers=6,
+            window=8,
+        ),
+        _context("nlaic", "nlaic", slices=[20, 20, 40, 40] + 4 * [50], filters=24, features=8, widths=[64, 96]),
+        _context("msp-fast", "msp", levels=1, slices=[320], width=160, depth=2),
+        _context("msp", "msp", levels=2, slices=[80, 240], width=224, depth=5),
+        _context("msp-full", "msp", levels=2, slices=_SEGMENTS, width=216, depth=5),
+    )
 }

@@ -99,9 +99,7 @@ def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progre
 
 
 @torch.no_grad()
-def decode_rgb(
-    model: LoadedModel, container: Container, *, bits: int = 8, progress: Progress | None = None
-) -> Decoded:
+def decode_rgb(model: LoadedModel, container: Container, *, bits: int = 8, progress: Progress | None = None) -> Decoded:
     """Decode a container made with this model to 8 or 16 bits per sample.
 
     Raises CorruptError if the symbols are not those that were coded.

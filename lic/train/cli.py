@@ -17,6 +17,7 @@ from lic.options import device_options, verbosity_options
 @click.option("--state", "folder", required=True, type=click.Path(path_type=Path), help="Folder of the run's state.")
 @click.option("--minutes", type=float, required=True, help="Length of this slice.")
 @click.option("--schedule-minutes", type=float, help="Length of the whole run (default: this slice).")
+@click.option("--steps", type=int, help="Length of the whole run in steps, instead.")
 @click.option("--model", default="base", show_default=True, help="Configuration of a new run.")
 @click.option(
     "--part",
@@ -42,6 +43,8 @@ from lic.options import device_options, verbosity_options
 def command(data, folder, minutes, schedule_minutes, init, device, threads, **settings):  # type: ignore[no-untyped-def]
     """Train a model on DATA: tar files or folders of pictures.
 
+    With --part context, DATA can be files of latents instead (scripts/store_latents.py).
+
     A slice stops after --minutes and the next call with the same --state continues it exactly. For several GPUs:
     torchrun --nproc-per-node N -m lic train ...
     """
@@ -51,6 +54,7 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     from lic.device import select_device
     from lic.errors import LicError
     from lic.train.data import Pictures
+    from lic.train.latents import SUFFIX, StoredLatents
     from lic.train.trainer import Settings, Trainer, append_log, averaged_model
 
     if threads:
@@ -90,15 +94,19 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
             if logging.getLogger("lic").isEnabledFor(logging.WARNING):
                 click.echo(json.dumps(entry), err=True)
 
-    pictures = Pictures(list(data), target, trainer.settings.seed)
+    source: Pictures | StoredLatents
+    if all(path.suffix == SUFFIX for path in data):
+        source = StoredLatents(data, target)
+    else:
+        source = Pictures(list(data), target, trainer.settings.seed)
     try:
-        trainer.run(pictures, minutes, state, log)
+        trainer.run(source, minutes, state, log)
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early takes its connections with it
     except OSError as error:
         raise LicError(f"cannot save the state: {error}") from error
     finally:
-        pictures.close()
+        source.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lic.errors import LicError
+from lic.quality import MAX_CODE
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,11 @@ class Pictures:
             where = ", ".join(map(str, self._sources))
             raise LicError(f"no pictures in {where} that are {side} pixels a side, also when scaled by 0.4 to 0.8")
 
+    def wait_for_all(self, side: int) -> None:
+        """As :meth:`wait`, until everything is there. Only where nothing is watched."""
+        self._thread.join()
+        self.wait(side)
+
     def refresh(self) -> None:
         """Take over what the thread has read. Called between steps."""
         with self._lock:
@@ -168,3 +174,12 @@ class Pictures:
                     pairs.append(pair)
         with self._lock:
             self._ready.append(([plain for plain, _ in pairs], [scaled for _, scaled in pairs]))
+
+
+def sample(pictures: Pictures, batch: int, crop: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch (B, crop, crop, 3) in [-0.5, 0.5], half of it from scaled-down pictures, and its quality codes (B,)."""
+    half = batch // 2
+    crops = [pool.crops(n, crop, generator) for pool, n in zip(pictures.pools, (half, batch - half), strict=True)]
+    u = torch.rand(batch, generator=generator, device=generator.device)
+    u[:half] *= 0.75  # lightly compressed originals would teach the highest qualities to drop detail
+    return torch.cat(crops).float() / 255 - 0.5, torch.round(u * MAX_CODE)

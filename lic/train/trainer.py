@@ -25,11 +25,11 @@ from lic.model.codec import CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
 from lic.model.transforms import lapped_basis
-from lic.quality import MAX_CODE
 from lic.train.calibration import calibrate
-from lic.train.data import Pictures
+from lic.train.data import Pictures, sample
+from lic.train.latents import StoredLatents
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 LOSS_EXPONENT = 0.4
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
@@ -37,11 +37,12 @@ FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Progress through it is trained time over ``schedule_minutes``."""
+    """One run. Progress through it is trained time over ``schedule_minutes``, or ``steps`` where that is given."""
 
     model: str = "base"
     part: str = "all"  # or "context": the context model alone, as a density model of latents that stay as they are
     schedule_minutes: float = 120.0
+    steps: int | None = None
     learning_rate: float = 1e-3
     warm_up_steps: int = 200
     frozen_part: float = 0.3  # first share of the run: linear analysis, entropy model as density model
@@ -146,20 +147,31 @@ class Trainer:
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
 
-    def run(self, pictures: Pictures, minutes: float, state: Path, log: Callable[[dict[str, Any]], None]) -> None:
-        """Train for so many minutes or to the end of the schedule, saving every two minutes and at the end."""
-        pictures.wait(max(self.settings.crop, self.settings.late_crop, FIT_CROP))
-        if self.fresh:
-            self.fit_shortcut(pictures)
+    def run(
+        self, source: Pictures | StoredLatents, minutes: float, state: Path, log: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Train for so many minutes or to the end of the schedule, saving every two minutes and at the end.
+
+        Stored latents serve a context model that is trained alone, in floating point. Raises LicError if they are
+        given for anything else.
+        """
+        if isinstance(source, Pictures):
+            source.wait(max(self.settings.crop, self.settings.late_crop, FIT_CROP))
+            if self.fresh:
+                self.fit_shortcut(source)
+        elif self.settings.part != "context" or self.settings.exact_part:
+            raise LicError("stored latents train a context model alone (--part context), and not its integers")
         end = time.monotonic() + minutes * 60
         last = saved = since = time.monotonic()
         pixels = self.pixels
         sums: Tensor | None = None
-        loss_of = torch.compile(self.loss) if self.device.type == "cuda" else self.loss
+        loss_of: Callable[..., Any] = self.rate_loss if self.settings.part == "context" else self.loss
+        if self.device.type == "cuda":
+            loss_of = torch.compile(loss_of)
         while True:
-            if self.progress() > 1 - self.settings.exact_part and not self.model.exact:
-                self.make_exact(pictures)
-            metrics = self.train_step(pictures, loss_of)
+            if isinstance(source, Pictures) and self.progress() > 1 - self.settings.exact_part and not self.model.exact:
+                self.make_exact(source)
+            metrics = self.train_step(source, loss_of)
             sums = metrics if sums is None else sums + metrics
             now = time.monotonic()
             self.seconds += now - last
@@ -167,14 +179,14 @@ class Trainer:
             progress = self.progress()
             finished = self._agree(progress >= 1 or now >= end)
             if self.step % 50 == 0 or finished:
-                pictures.refresh()
+                source.refresh()
                 loss, bpp, z_bpp, mse = (sums[:-1] / sums[-1]).tolist()
                 if not math.isfinite(loss):
                     raise LicError(f"the loss is not finite at step {self.step}; the state of the last save is intact")
                 entry = {"step": self.step, "minutes": round(self.seconds / 60, 2), "mpx": round(self.pixels / 1e6, 1)}
                 entry |= {"mpx_per_s": round((self.pixels - pixels) / 1e6 / (now - since), 2)}
                 pixels, since = self.pixels, now
-                entry |= {"progress": round(progress, 4), "lr": self.learning_rate(), "pictures": pictures.count}
+                entry |= {"progress": round(progress, 4), "lr": self.learning_rate(), "pictures": source.count}
                 entry |= {"loss": round(loss, 5), "bpp": round(bpp, 4), "z_bpp": round(z_bpp, 4), "mse": round(mse, 3)}
                 log(entry)
                 sums = None
@@ -212,6 +224,8 @@ class Trainer:
 
     def progress(self) -> float:
         """Part of the schedule that is over."""
+        if self.settings.steps is not None:
+            return self.step / self.settings.steps
         return self.seconds / (60 * self.settings.schedule_minutes)
 
     def learning_rate(self) -> float:
@@ -222,31 +236,40 @@ class Trainer:
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, MSE, 1)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            if self.settings.part == "context":
-                out = self.model.rate(x, code)
-            else:
-                out = self.model(x, code, frozen_latents=frozen, optimised_rounding=refine)
-        pixels = x.shape[1] * x.shape[2]
-        bpp = (out.y_bits + out.z_bits) / pixels
+            out = self.model(x, code, frozen_latents=frozen, optimised_rounding=refine)
         mse = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
-        weight = lambda_of(code)
-        cost = (bpp + weight * mse) * weight**-LOSS_EXPONENT
-        loss = cost.mean() / 10
-        return loss, torch.stack([loss, bpp.mean(), out.z_bits.mean() / pixels, mse.mean(), loss.new_ones(())]).detach()
+        return _weighted(out.y_bits, out.z_bits, mse, code, x.shape[1] * x.shape[2])
 
-    def train_step(self, pictures: Pictures, loss_of: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+    def rate_loss(self, y_hat: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`loss`, of latents (B, h, w, M) and (B, h/4, w/4, C) that cost bits only."""
+        with torch.autocast(y_hat.device.type, torch.bfloat16, enabled=y_hat.device.type == "cuda"):
+            y_bits, z_bits = self.model.rate(y_hat, z, code)
+        pixels = y_hat.shape[1] * y_hat.shape[2] * DOWNSAMPLING**2
+        return _weighted(y_bits, z_bits, torch.zeros_like(y_bits), code, pixels)
+
+    def train_step(self, source: Pictures | StoredLatents, loss_of: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
         """One optimiser step; returns the metrics of :meth:`loss`."""
         s = self.settings
         late = self.progress() > 0.75
         batch, crop = (s.late_batch, s.late_crop) if late else (s.batch, s.crop)
-        x, code = self.sample(pictures, batch, crop)
         refine = self.progress() >= 1 - s.refine_part
         frozen = refine or self.progress() < s.frozen_part
         for group in self.optimizer.param_groups:
             # The decoder shares these with the analysis: without rate in their gradient they would run away.
             held = frozen and group["name"] in ("shortcut", "log_gain")
             group["lr"] = 0.0 if held else self.learning_rate() * group["factor"]
-        loss, metrics = loss_of(x, code, frozen, refine)
+        inputs: tuple[Any, ...]
+        if isinstance(source, StoredLatents):
+            crop = source.side
+            inputs = source.batch(batch, self.generator)
+        else:
+            x, code = sample(source, batch, crop, self.generator)
+            if s.part == "context":
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+                    inputs = (*self.model.latents(x, code), code)
+            else:
+                inputs = (x, code, frozen, refine)
+        loss, metrics = loss_of(*inputs)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.processes > 1:
@@ -257,19 +280,9 @@ class Trainer:
         self.pixels += self.processes * batch * crop * crop
         decay = min(s.ema, 1 - 1 / (1 + 0.1 * (self.step - self.first_step + 1)))
         with torch.no_grad():
-            current = self.model.state_dict()
-            torch._foreach_lerp_(list(self.average.values()), [current[k] for k in self.average], 1 - decay)
+            trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+            torch._foreach_lerp_([self.average[k] for k in trained], list(trained.values()), 1 - decay)
         return metrics
-
-    def sample(self, pictures: Pictures, batch: int, crop: int) -> tuple[Tensor, Tensor]:
-        """A batch (B, crop, crop, 3) in [-0.5, 0.5], half of it from scaled-down pictures, and its quality codes."""
-        half = batch // 2
-        crops = [
-            pool.crops(n, crop, self.generator) for pool, n in zip(pictures.pools, (half, batch - half), strict=True)
-        ]
-        u = torch.rand(batch, generator=self.generator, device=self.device)
-        u[:half] *= 0.75  # lightly compressed originals would teach the highest qualities to drop detail
-        return torch.cat(crops).float() / 255 - 0.5, torch.round(u * MAX_CODE)
 
     @torch.no_grad()
     def fit_shortcut(self, pictures: Pictures) -> None:
@@ -293,6 +306,14 @@ class Trainer:
                 dist.broadcast(tensor, 0)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
+
+
+def _weighted(y_bits: Tensor, z_bits: Tensor, mse: Tensor, code: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    bpp = (y_bits + z_bits) / pixels
+    weight = lambda_of(code)
+    loss = ((bpp + weight * mse) * weight**-LOSS_EXPONENT).mean() / 10
+    metrics = torch.stack([loss, bpp.mean(), z_bits.mean() / pixels, mse.mean(), loss.new_ones(())])
+    return loss, metrics.detach()
 
 
 def _parameter_groups(model: CodecModel) -> list[dict[str, Any]]:

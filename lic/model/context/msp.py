@@ -12,7 +12,7 @@ is the sum of the embeddings of its known slices, and zero where nothing is: the
 contribute, and tell a known zero from what is outside the picture.
 
 From the publication come the idea, coarse to fine in a number of steps that does not depend on the size, and profiles
-that trade work for rate. The lattices, their order and the networks are this codec's own.
+that trade work for rate (msp-fast, msp and msp-full of `lic.model.config`). The lattices, their order and the networks are this codec's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,6 @@ from lic.model.layers import NARROW, WIDE, FeedForward, near_zero
 
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # row and column inside a cell; the first one is known, the others in order
 MAX_LEVELS = 2  # latent grids are multiples of 4
-
-PROFILES: dict[str, dict[str, Any]] = {  # options for 320 latent channels, in order of work per pixel
-    "fast": {"levels": 1, "slices": [320], "width": 160, "depth": 2},
-    "medium": {"levels": 2, "slices": [80, 240], "width": 224, "depth": 5},
-    "full": {"levels": 2, "slices": [40, 60, 90, 130], "width": 216, "depth": 5},
-}
 
 
 @dataclass(frozen=True)
