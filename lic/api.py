@@ -15,8 +15,8 @@ from lic import container, images
 from lic.container import DEFAULT_MAX_PIXELS
 from lic.device import check_device, select_device
 from lic.errors import LicError, UnsupportedError, UsageError
-from lic.images import Picture, samples_at_bits
-from lic.quality import DEFAULT_QUALITY, code_of, quality_of
+from lic.images import Picture, psnr, samples_at_bits
+from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, code_of, quality_of
 from lic.rate import Target, search
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 AnyPicture: TypeAlias = Image.Image | np.ndarray | Picture
 
 DEFAULT_MODEL = "base"
-_PSNR_ROWS = 64  # at a time: memory of a large picture
+_TRIES_WITH_EFFORT = 3  # that a target takes as a rule, when the first is near
 _ANY_SIZE = 2**64  # pixels: what is in memory has been let in before
 
 
@@ -38,13 +38,15 @@ class EncodeResult:
     ``data``: the ``.lic`` file. ``reconstruction``: the colour that decoding ``data`` gives on this machine,
     uint8 or uint16 as the source, (H, W, 3), or (H, W, 1) if gray; ``psnr``: of it, in dB over all samples,
     infinite if it is exact (under full transparency, against the colour that was coded there).
-    ``quality``: at which it was encoded. ``estimated_bits``: the model's own estimate of the coded size.
+    ``quality``: at which it was encoded, with which ``effort``. ``estimated_bits``: the model's own estimate of the
+    coded size.
     ``symbols_sha256``: as in DecodeResult. ``seconds``: without loading the model. ``notes``: in words, what was
     lost before coding began.
     """
 
     data: bytes
     quality: float
+    effort: int
     reconstruction: np.ndarray
     psnr: float
     estimated_bits: float
@@ -88,7 +90,14 @@ class Codec:
 
     @overload
     def encode(
-        self, image: AnyPicture, quality: float | None = ..., *, target: Target | None = ..., strip: bool = ...
+        self,
+        image: AnyPicture,
+        quality: float | None = ...,
+        *,
+        target: Target | None = ...,
+        effort: int = ...,
+        effort_seconds: float | None = ...,
+        strip: bool = ...,
     ) -> bytes: ...
     @overload
     def encode(
@@ -97,6 +106,8 @@ class Codec:
         quality: float | None = ...,
         *,
         target: Target | None = ...,
+        effort: int = ...,
+        effort_seconds: float | None = ...,
         strip: bool = ...,
     ) -> list[bytes]: ...
     def encode(
@@ -105,6 +116,8 @@ class Codec:
         quality: float | None = None,
         *,
         target: Target | None = None,
+        effort: int = 0,
+        effort_seconds: float | None = None,
         strip: bool = False,
     ) -> bytes | list[bytes]:
         """A picture as a ``.lic`` file; a sequence of pictures as a list of files.
@@ -112,13 +125,21 @@ class Codec:
         ``image``: of Pillow's, in any mode but F, upright or with an EXIF orientation, which is applied; or
         uint8 or uint16 of shape (H, W) for gray or (H, W, 1..4) for gray, gray and alpha, RGB, RGB and alpha.
         ``quality`` is 0..100, 40 by default; ``target`` is a size, rate or PSNR instead, for which several
-        encodings are tried. A Pillow picture's colour profile, EXIF and XMP are kept, unless ``strip``.
-        Raises UsageError for other qualities and for both together, LicError for other pictures, a target out of
-        reach, a model that is not installed or a device that is not there.
+        encodings are tried. ``effort``, 0..9, is how long to look for a smaller file at the same quality
+        (docs/effort.md); ``effort_seconds`` bounds that time for each picture. A Pillow picture's colour profile,
+        EXIF and XMP are kept, unless ``strip``. Raises UsageError for other qualities or efforts and for a quality
+        beside a target, LicError for other pictures, a target out of reach, a model that is not installed or a
+        device that is not there.
         """
+        options: dict[str, Any] = {
+            "target": target,
+            "effort": effort,
+            "effort_seconds": effort_seconds,
+            "strip": strip,
+        }
         if isinstance(image, Image.Image | np.ndarray | Picture | str | bytes):  # the last two are refused there
-            return self.encode_result(image, quality, target=target, strip=strip).data
-        return [self.encode_result(one, quality, target=target, strip=strip).data for one in image]
+            return self.encode([image], quality, **options)[0]
+        return [self.encode_result(one, quality, **options).data for one in image]
 
     @overload
     def decode(self, data: bytes, *, max_pixels: int = ...) -> Image.Image: ...
@@ -154,6 +175,8 @@ class Codec:
         quality: float | None = None,
         *,
         target: Target | None = None,
+        effort: int = 0,
+        effort_seconds: float | None = None,
         strip: bool = False,
         progress: Progress | None = None,
     ) -> EncodeResult:
@@ -163,6 +186,10 @@ class Codec:
         """
         if quality is not None and target is not None:
             raise UsageError("a quality and a target exclude each other")
+        if effort not in range(MAX_EFFORT + 1):
+            raise UsageError(f"effort must be a whole number from 0 to {MAX_EFFORT}, not {effort}")
+        if effort_seconds is not None and not effort_seconds >= 0:  # also refuses NaN
+            raise UsageError(f"the seconds of an effort must not be negative: {effort_seconds}")
         if not isinstance(image, Image.Image | np.ndarray | Picture):
             raise UsageError(f"a picture is an image of Pillow's or a NumPy array, not {type(image).__name__}")
         try:
@@ -179,12 +206,14 @@ class Codec:
         if picture.alpha is not None:
             sections = (images.alpha_section(picture.alpha), *sections)
 
-        def encode_at(code: int) -> EncodeResult:
-            encoded = pipeline.encode_rgb(model, colour, code, progress=progress)
+        def encode_at(code: int, effort: int = effort, seconds: float | None = effort_seconds) -> EncodeResult:
+            limit = math.inf if seconds is None else seconds
+            encoded = pipeline.encode_rgb(model, colour, code, effort=effort, seconds=limit, progress=progress)
             header = replace(encoded.container.header, reduced=picture.reduced)
             return EncodeResult(
                 data=container.pack(replace(encoded.container, header=header, sections=sections)),
                 quality=quality_of(code),
+                effort=effort,
                 reconstruction=encoded.reconstruction,
                 psnr=psnr(colour, encoded.reconstruction),
                 estimated_bits=encoded.estimated_bits,
@@ -196,7 +225,16 @@ class Codec:
         if target is None:
             return encode_at(code)
         value_of = (lambda result: result.psnr) if target.kind == "psnr" else (lambda result: len(result.data))
-        found = search(encode_at, value_of, target, picture.width * picture.height)
+        pixels = picture.width * picture.height
+        if effort == 0:
+            found = search(encode_at, value_of, target, pixels)
+        else:
+            # Where it lies without effort is cheap to know, and near.
+            near = search(lambda code: encode_at(code, 0), value_of, target, pixels, or_nearest=True)
+            seconds = None
+            if effort_seconds is not None:
+                seconds = max(0.0, effort_seconds - (time.perf_counter() - start)) / _TRIES_WITH_EFFORT
+            found = search(lambda code: encode_at(code, effort, seconds), value_of, target, pixels, first=near.code)
         return replace(found.result, seconds=time.perf_counter() - start)
 
     def decode_result(
@@ -268,23 +306,13 @@ class Codec:
         return self._device
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two arrays of one shape, both uint8 or both uint16.
-
-    Infinite if they are equal.
-    """
-    error, peak = 0, int(np.iinfo(a.dtype).max)
-    for top in range(0, len(a), _PSNR_ROWS):
-        difference = a[top : top + _PSNR_ROWS].astype(np.int64) - b[top : top + _PSNR_ROWS]
-        error += int(np.sum(np.square(difference)))
-    return 10 * math.log10(peak**2 * a.size / error) if error else math.inf
-
-
 def encode(
     image: AnyPicture,
     quality: float | None = None,
     *,
     target: Target | None = None,
+    effort: int = 0,
+    effort_seconds: float | None = None,
     strip: bool = False,
     model: str = DEFAULT_MODEL,
     device: str = "auto",
@@ -293,7 +321,8 @@ def encode(
 
     For several, a Codec loads the model once.
     """
-    return Codec(model, device).encode(image, quality, target=target, strip=strip)
+    codec = Codec(model, device)
+    return codec.encode(image, quality, target=target, effort=effort, effort_seconds=effort_seconds, strip=strip)
 
 
 def decode(data: bytes, *, device: str = "auto", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:

@@ -26,7 +26,7 @@ from lic.container import DEFAULT_MAX_PIXELS
 from lic.errors import LicError, UsageError
 from lic.options import Command, device_options, option, set_up_logging, verbosity_options
 from lic.outcome import Outcome, Report, failure_of, log, shows_progress
-from lic.quality import DEFAULT_QUALITY, code_of
+from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, code_of
 from lic.rate import Target, parse_size
 
 if TYPE_CHECKING:
@@ -297,6 +297,22 @@ in one step when they are complete. More in docs/recipes.md.
 @option("Coding", "--target-psnr", type=float, metavar="DB", help="PSNR of the decoded picture, met from above.")
 @option(
     "Coding",
+    "--effort",
+    type=click.IntRange(0, MAX_EFFORT),
+    default=0,
+    show_default=True,
+    metavar="0..9",
+    help="How long to look for a smaller file of the same quality; decoding takes no longer.",
+)
+@option(
+    "Coding",
+    "--effort-seconds",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Bound on the time of each picture, whatever the effort.",
+)
+@option(
+    "Coding",
     "--model",
     default="base",
     show_default=True,
@@ -315,6 +331,8 @@ def encode(
     target_size: str | None,
     target_bpp: float | None,
     target_psnr: float | None,
+    effort: int,
+    effort_seconds: float | None,
     model: str,
     strip: bool,
     device: str,
@@ -345,6 +363,8 @@ def encode(
     operation = Encode(
         quality=quality,
         target=target,
+        effort=effort,
+        effort_seconds=effort_seconds,
         model=model,
         strip=strip,
         max_pixels=max_pixels,

@@ -11,6 +11,7 @@ import math
 
 MAX_CODE = 50_000  # 1/500 of a quality step: finer than any size target needs
 MIN_LAMBDA, MAX_LAMBDA = 0.0005, 1.0
+MAX_EFFORT = 9
 DEFAULT_QUALITY = 40.0  # about 0.6 bpp on Kodak
 
 

@@ -59,7 +59,15 @@ class Try(Generic[T]):
     result: T
 
 
-def search(encode: Callable[[int], T], value_of: Callable[[T], float], target: Target, pixels: int) -> Try[T]:
+def search(
+    encode: Callable[[int], T],
+    value_of: Callable[[T], float],
+    target: Target,
+    pixels: int,
+    *,
+    first: int | None = None,
+    or_nearest: bool = False,
+) -> Try[T]:
     """The encoding that meets the target most closely.
 
     Args:
@@ -67,6 +75,8 @@ def search(encode: Callable[[int], T], value_of: Callable[[T], float], target: T
         value_of: size in bytes (for a target of size or bpp) or PSNR in dB of what ``encode`` returned.
         target: what to meet.
         pixels: of the picture.
+        first: the code to try first.
+        or_nearest: return the nearest possible encoding instead of raising LicError.
 
     Raises:
         LicError: no quality meets the target; the message names the nearest possible value.
@@ -80,12 +90,15 @@ def search(encode: Callable[[int], T], value_of: Callable[[T], float], target: T
     low, high = (0, ends[0]), (MAX_CODE, ends[1])  # (code, scaled value), guessed until encoded
     known: dict[int, float] = {}
     best: Try[T] | None = None
+    end: Try[T] | None = None  # of the range of codes, on the side of the target
     while len(known) < MAX_TRIES:
-        code = _between(low, high, goal, known)
+        code = first if first is not None and not known else _between(low, high, goal, known)
         if code is None:
             break
         result = encode(code)
         value = known[code] = value_of(result)
+        if code == (MAX_CODE if wants_psnr else 0):
+            end = Try(code, value, result)
         meets = value >= limit if wants_psnr else value <= limit
         if meets and (best is None or abs(value - limit) < abs(best.value - limit)):
             best = Try(code, value, result)
@@ -96,7 +109,10 @@ def search(encode: Callable[[int], T], value_of: Callable[[T], float], target: T
         else:
             low = (code, scale(value))
     if best is None:
-        nearest = known[MAX_CODE if wants_psnr else 0]
+        assert end is not None
+        if or_nearest:
+            return end
+        nearest = end.value
         shown = f"{nearest:.2f} dB" if wants_psnr else f"{nearest:.0f} bytes ({8 * nearest / pixels:.4f} bpp)"
         raise LicError(f"no quality gives {target}: {'at most' if wants_psnr else 'at least'} {shown} are possible")
     return best

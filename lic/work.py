@@ -29,6 +29,8 @@ class Encode:
 
     quality: float | None
     target: Target | None
+    effort: int
+    effort_seconds: float | None
     model: str
     strip: bool
     max_pixels: int
@@ -49,7 +51,14 @@ class Encode:
         return images.picture_of(data, max_pixels=self.max_pixels, strip=self.strip)
 
     def code(self, codec: Codec, picture: Picture, progress: Progress = None) -> EncodeResult:
-        return codec.encode_result(picture, self.quality, target=self.target, progress=progress)
+        return codec.encode_result(
+            picture,
+            self.quality,
+            target=self.target,
+            effort=self.effort,
+            effort_seconds=self.effort_seconds,
+            progress=progress,
+        )
 
     def save(self, picture: Picture, result: EncodeResult) -> tuple[bytes, dict[str, Any]]:
         return result.data, {
@@ -60,6 +69,7 @@ class Encode:
             "estimated_bytes": round(result.estimated_bits / 8, 1),
             "psnr": round(result.psnr, 2) if math.isfinite(result.psnr) else None,  # JSON has no infinity
             "quality": round(result.quality, 4),
+            "effort": result.effort,
             "model": self.model,
             "seconds": round(result.seconds, 3),
             "symbols_sha256": result.symbols_sha256,

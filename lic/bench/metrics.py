@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
 
-from lic import api
+from lic import images
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 Plane = NDArray[np.float64]  # (H, W)
@@ -30,7 +30,7 @@ def psnr(a: Pixels, b: Pixels) -> float:
     Raises ValueError if the shapes or types do not fit.
     """
     _check(a, b)
-    return min(MAX_PSNR, api.psnr(a, b))
+    return min(MAX_PSNR, images.psnr(a, b))
 
 
 def ms_ssim(a: Pixels, b: Pixels) -> float:

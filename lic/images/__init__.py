@@ -1,6 +1,7 @@
 """Pictures in and out: files, bytes, Pillow's pictures and arrays to samples and back. No torch."""
 
 from lic.images.alpha import alpha_of, alpha_section, with_hidden_filled
+from lic.images.comparison import mse, psnr
 from lic.images.picture import Picture, samples_at_bits
 from lic.images.reading import PICTURE_SUFFIXES, picture_of, rgb_of
 from lic.images.writing import FORMATS, FORMATS_16, format_of_suffix, left_out, picture_bytes
@@ -14,8 +15,10 @@ __all__ = [
     "alpha_section",
     "format_of_suffix",
     "left_out",
+    "mse",
     "picture_bytes",
     "picture_of",
+    "psnr",
     "rgb_of",
     "samples_at_bits",
     "with_hidden_filled",

@@ -62,6 +62,16 @@ class CodecModel(nn.Module):
         for grid in self.grids().values():
             grid.exact = exact
 
+    @contextlib.contextmanager
+    def in_floating_point(self) -> Iterator[None]:
+        """Inside the block, the entropy path is a network like any other: faster to differentiate, and not exact."""
+        before = self.exact
+        self.set_exact(False)
+        try:
+            yield
+        finally:
+            self.set_exact(before)
+
     def grids(self) -> dict[str, Grid]:
         """Those of the entropy path, by name."""
         parts = (("h_s", self.h_s), ("context", self.context))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,16 +15,19 @@ from torch import Tensor
 
 from lic.container import Container, Header, tile_boxes
 from lic.errors import CorruptError, UnsupportedError
+from lic.images import mse
 from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.store import LoadedModel
 from lic.pipeline import windows
+from lic.pipeline.optimise import EFFORTS, Box, optimise, quarter
 from lic.pipeline.tile import Latents, Reader, Writer, code_tiles
+from lic.quality import lambda_of
 
 TILE = 1024  # side of the tiles of an image with more pixels than LARGEST_TILE, counted with its padding
 LARGEST_TILE = 1536 * 1536
 
-Progress = Callable[[int, int], None]  # tiles done, tiles in all
+Progress = Callable[[int, int], None]  # units of work done, and in all: tiles, times the passes over them
 
 
 @dataclass(frozen=True)
@@ -58,29 +63,100 @@ class SymbolChecks:
 
 
 @torch.no_grad()
-def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progress: Progress | None = None) -> Encoded:
-    """Encode uint8 or uint16, (H, W, 3) or gray (H, W, 1), at a quality code of :mod:`lic.quality`."""
-    height, width, channels = rgb.shape
-    net = model.net
+def encode_rgb(
+    model: LoadedModel,
+    rgb: np.ndarray,
+    quality_code: int,
+    *,
+    effort: int = 0,
+    seconds: float = math.inf,
+    progress: Progress | None = None,
+) -> Encoded:
+    """Encode uint8 or uint16, (H, W, 3) or gray (H, W, 1), at a quality code of :mod:`lic.quality`.
+
+    ``effort``, 0..9, is how long to look for integers that cost less (:mod:`lic.pipeline.optimise`); what comes out
+    has never more bits + λ·squared error than with effort 0. ``seconds`` bounds the time of the whole: no pass begins
+    that would probably end later.
+    """
+    began = time.monotonic()
+    height, width, _ = rgb.shape
     code = torch.tensor([float(quality_code)], device=model.device)
     grid = _geometry(width, height)
     tile = TILE if grid.height * grid.width * DOWNSAMPLING**2 > LARGEST_TILE else 0
-    y = windows.analysis(net, rgb, grid, code)
-    dequantised = torch.empty_like(y)
-
     boxes = list(latent_boxes(width, height, tile))
+    passes = EFFORTS[effort].passes
+    # The work of a pass is about that of coding everything once; coding is done twice if there are passes.
+    units = len(boxes) * (1 if passes == 0 else 2 + passes + 1)
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(done, units)
+
+    y = windows.analysis(model.net, rgb, grid, code)
+    encoded, known = _coded(model, rgb, quality_code, tile, boxes, y, None, report)
+    if passes == 0:
+        return encoded
+    coded_once = time.monotonic() - began
+
+    def is_over(pass_seconds: float) -> bool:
+        return time.monotonic() - began + pass_seconds + coded_once > seconds
+
+    with model.net.in_floating_point():
+        found = optimise(
+            model.net,
+            rgb,
+            code,
+            boxes,
+            y,
+            known,
+            EFFORTS[effort],
+            is_over=is_over,
+            progress=lambda done: report(len(boxes) * (1 + done)),
+        )
+    better, _ = _coded(model, rgb, quality_code, tile, boxes, *found, lambda done: report(units - len(boxes) + done))
+    best = min(encoded, better, key=lambda e: _cost(e, rgb))
+    header = replace(best.container.header, effort=effort)
+    return replace(best, container=replace(best.container, header=header))
+
+
+def _cost(encoded: Encoded, rgb: np.ndarray) -> float:
+    """Bits of the streams + λ·squared error."""
+    bits = 8 * sum(len(stream) for streams in encoded.container.tiles for stream in streams)
+    pixels = rgb.shape[0] * rgb.shape[1]
+    return bits + lambda_of(encoded.container.header.quality) * mse(rgb, encoded.reconstruction) * pixels
+
+
+def _coded(
+    model: LoadedModel,
+    rgb: np.ndarray,
+    quality_code: int,
+    tile: int,
+    boxes: Sequence[Box],
+    y: Tensor,
+    z: Tensor | None,
+    report: Callable[[int], None],
+) -> tuple[Encoded, tuple[Tensor, Tensor]]:
+    """Code latents y (1, h, w, M): integers with the integers z, or not rounded, without z.
+
+    Also returns the integers y and z that were coded. ``report`` is told how many tiles are done.
+    """
+    height, width, channels = rgb.shape
+    net = model.net
+    code = torch.tensor([float(quality_code)], device=model.device)
+    integers = torch.empty_like(y)
+    hyper = y.new_empty(1, y.shape[1] // 4, y.shape[2] // 4, net.config.hyper_latent)
+    dequantised = torch.empty_like(y)
     checks, bits, tiles = SymbolChecks(), 0.0, []
     for done, (geometry, rows, columns) in enumerate(boxes):
-        part = y[:, rows, columns]
-        known = Latents(torch.round(net.hyper_analysis(part, code)), part, rounded=False)
+        at, at_z = (slice(None), rows, columns), (slice(None), quarter(rows), quarter(columns))
+        known_z = torch.round(net.hyper_analysis(y[at], code)) if z is None else z[at_z]
         writer = Writer()
-        coded = code_tiles(model, geometry, [quality_code], [writer], known)
+        coded = code_tiles(model, geometry, [quality_code], [writer], Latents(known_z, y[at], rounded=z is not None))
         checks.add(coded.latents)
         bits += float(coded.estimated_bits[0])
         tiles.append(tuple(writer.streams))
-        dequantised[:, rows, columns] = coded.dequantised
-        if progress:
-            progress(done + 1, len(boxes))
+        integers[at], hyper[at_z], dequantised[at] = coded.latents.y, coded.latents.z, coded.dequantised
+        report(done + 1)
     header = Header(
         width=width,
         height=height,
@@ -95,7 +171,7 @@ def encode_rgb(model: LoadedModel, rgb: np.ndarray, quality_code: int, *, progre
         deep=rgb.dtype == np.uint16,
     )
     pixels = _pixels(model, dequantised, code, header, 16 if header.deep else 8)
-    return Encoded(Container(header, tuple(tiles)), pixels, bits, checks.hexdigest())
+    return Encoded(Container(header, tuple(tiles)), pixels, bits, checks.hexdigest()), (integers, hyper)
 
 
 @torch.no_grad()

@@ -64,3 +64,32 @@ def synthesis(net: CodecModel, y: Tensor, code: Tensor, *, gray: bool = False, b
             pixels = ((inside + 0.5) * white).round().clamp(0, white).to(dtype)
             x[:, top * n : bottom * n, left * n : right * n] = pixels
     return x
+
+
+def squared_error(
+    net: CodecModel, y: Tensor, code: Tensor, pixels: np.ndarray, *, with_slope: bool
+) -> tuple[float, Tensor | None]:
+    """What g_s makes of latents y (1, h, w, M) against pixels (H, W, 3), or gray (H, W, 1), uint8 or uint16.
+
+    Squared error in 8-bit units, summed over the pixels and averaged over their channels, and its derivative to y,
+    (1, h, w, M). What lies outside the range of samples costs nothing.
+    """
+    n = DOWNSAMPLING
+    white = np.iinfo(pixels.dtype).max
+    total, slope = 0.0, torch.zeros_like(y)
+    for top, bottom, above, below in _windows(y.shape[1]):
+        for left, right, before, after in _windows(y.shape[2]):
+            seen = torch.from_numpy(pixels[top * n : bottom * n, left * n : right * n].astype(np.float32)).to(y.device)
+            if seen.numel() == 0:
+                continue
+            part = y[:, above:below, before:after].clone().requires_grad_(with_slope)
+            with torch.set_grad_enabled(with_slope):
+                x = net.synthesis(part, code)[0, (top - above) * n :, (left - before) * n :]
+                x = x[: seen.shape[0], : seen.shape[1]]
+                if pixels.shape[2] == 1:
+                    x = x.mean(-1, keepdim=True)
+                error = (255 * ((x + 0.5).clamp(0, 1) - seen / white)).square().mean(-1).sum()
+            total += float(error.detach())
+            if with_slope:
+                slope[:, above:below, before:after] += torch.autograd.grad(error, part)[0]
+    return total, slope if with_slope else None
