@@ -3,8 +3,8 @@
     python tests/reference_decoder.py FILE.lic WEIGHTS.safetensors
 
 prints the SHA-256 of the symbols, as `lic verify --json` does. It covers the container (chapters 1 to 3, the contents
-of sections passed over), the range coder (4) and the entropy model `groupedmixer` (5), but no pixels (6, 7). All
-arithmetic is on integers, in arrays of 64 bits. Numbers in parentheses below are sections of the specification.
+of sections passed over), the range coder (4) and the entropy model with each of its systems (5), but no pixels (6, 7).
+All arithmetic is on integers, in arrays of 64 bits. Numbers in parentheses below are sections of the specification.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import struct
 import sys
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
-Tile = tuple[np.ndarray, np.ndarray]  # z, y
+Symbols = tuple[np.ndarray, np.ndarray]  # z, y
+Place = tuple[Ints, Ints, Ints]
 
 
 class DamagedError(ValueError):
@@ -42,10 +43,10 @@ class TooLargeError(ValueError):
 
 
 @dataclass
-class Symbols:
+class Decoded:
     """tiles: for each tile (z, y), int32 arrays (channel, row, column). sha256: over all of them, in hexadecimal."""
 
-    tiles: list[Tile]
+    tiles: list[Symbols]
     sha256: str
 
 
@@ -190,11 +191,11 @@ class RangeDecoder:
 class Bypass:
     """The bypass bits of a stream, from its last byte back (4.2), and the numbers in them (4.4)."""
 
-    def __init__(self, data: bytes, limit: int) -> None:
-        self.data, self.read, self.limit = data, 0, limit
+    def __init__(self, data: bytes) -> None:
+        self.data, self.read = data, 0
 
     def u(self, n: int) -> int:
-        require(self.read + n <= self.limit, "a stream is too short")
+        require(self.read + n <= 8 * len(self.data), "a stream is too short")
         number = 0
         for _ in range(n):
             number = 2 * number + (self.data[-1 - self.read // 8] >> self.read % 8 & 1)
@@ -210,44 +211,63 @@ class Bypass:
         return q - 1 << order | self.u(order)
 
 
-def decode_stream(data: bytes, tables: Tables, rows: list[int]) -> list[int]:
-    """The values of a stream (4.2, 4.5), one for each of ``rows``."""
-    modes = [tables.mode[row] for row in rows]
-    skipped = [i for i, mode in enumerate(modes) if mode is not None]
-    coded = [i for i, mode in enumerate(modes) if mode is None]
-    values = [tables.offset[row] + (mode or 0) for row, mode in zip(rows, modes, strict=True)]
-    if not data:
-        require(not coded, "a stream is missing")
-        return values
-    decoder = RangeDecoder(data)
-    flag = decoder.symbol(FLAG)
-    require(bool(flag or coded), "a stream should be empty")
-    symbols = [decoder.symbol(tables.cdf[rows[i]]) for i in coded]
-    a = decoder.shifts + 2
-    bypass = Bypass(data, 8 * len(data) - a)
+class Stream:
+    """Reads the values of a stream (4.2, 4.5) run by run, as their rows become known."""
 
-    if flag:
-        at = -1
-        for _ in range(bypass.number(0) + 1):
-            at += bypass.number(13) + 1
-            require(at < len(skipped), "a deviation behind the end")
-            x = bypass.number(1)
-            values[skipped[at]] += -(x // 2 + 1) if x % 2 else x // 2 + 1
-    for i, s in zip(coded, symbols, strict=True):
-        row = rows[i]
-        escape, offset, k = len(tables.cdf[row]) - 2, tables.offset[row], tables.raw_bits[row]
+    def __init__(self, data: bytes, tables: Tables) -> None:
+        self.data, self.tables = data, tables
+        self.skipped = self.coded = 0  # values read so far
+        self.deviations: dict[int, int] = {}  # by how many skipped values are before it
+        if not data:
+            return
+        self.decoder, self.bypass = RangeDecoder(data), Bypass(data)
+        self.flag = self.decoder.symbol(FLAG)
+        if self.flag:
+            at = -1
+            for _ in range(self.bypass.number(0) + 1):
+                at += self.bypass.number(13) + 1
+                x = self.bypass.number(1)
+                self.deviations[at] = -(x // 2 + 1) if x % 2 else x // 2 + 1
+
+    def read(self, rows: list[int]) -> list[int]:
+        """The next values, one for each of ``rows``."""
+        values = [self.value(row) for row in rows]
+        require(all(abs(value) <= 1 << 20 for value in values), "a value is out of range")
+        return values
+
+    def value(self, row: int) -> int:
+        mode, offset, k = self.tables.mode[row], self.tables.offset[row], self.tables.raw_bits[row]
+        if mode is not None:
+            self.skipped += 1
+            return offset + mode + self.deviations.get(self.skipped - 1, 0)
+        require(bool(self.data), "a stream is missing")
+        self.coded += 1
+        cdf = self.tables.cdf[row]
+        s, escape = self.decoder.symbol(cdf), len(cdf) - 2
         value = offset + s
         if s == escape:
-            x = bypass.number(1)
+            x = self.bypass.number(1)
             value = offset - 1 - x // 2 if x % 2 else offset + escape + x // 2
-        if k:
-            value = (value << k) + bypass.u(k) - (1 << k - 1)
-        values[i] = value
-    require(all(abs(value) <= 1 << 20 for value in values), "a value is out of range")
+        return (value << k) + self.bypass.u(k) - (1 << k - 1) if k else value
 
-    unused = 8 * len(data) - a - bypass.read
-    between = int.from_bytes(data, "big") >> bypass.read & (1 << unused) - 1
-    require(unused < 16 + (a >> 15) and between == 0, "a stream has unused bits")
+    def end(self) -> None:
+        """To be called after the last value."""
+        if not self.data:
+            return
+        require(bool(self.flag or self.coded), "a stream should be empty")
+        require(max(self.deviations, default=-1) < self.skipped, "a deviation behind the end")
+        a = self.decoder.shifts + 2
+        unused = 8 * len(self.data) - a - self.bypass.read
+        require(0 <= unused < 16 + (a >> 15), "a stream is too short, or has unused bits")
+        between = int.from_bytes(self.data, "big") >> self.bypass.read & (1 << unused) - 1
+        require(between == 0, "unused bits of a stream are not zero")
+
+
+def decode_stream(data: bytes, tables: Tables, rows: list[int]) -> list[int]:
+    """The values of a stream whose rows are all known, one for each of ``rows``."""
+    stream = Stream(data, tables)
+    values = stream.read(rows)
+    stream.end()
     return values
 
 
@@ -333,20 +353,14 @@ def attend(q: Activation, k: Activation, v: Activation, bias: Ints) -> Activatio
 class Weights:
     """The arrays of a weights file, and the operations of 5.1 that name one."""
 
-    def __init__(self, data: bytes) -> None:
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:end])
-        information = json.loads(header.pop("__metadata__")["lic"])
-        self.config: dict[str, Any] = information["config"]
-        self.grids: dict[str, int] = information["grids"]
+    def __init__(self, path: Path) -> None:
         self.types: dict[str, str] = {}
         self.arrays: dict[str, np.ndarray] = {}
-        types = {"I8": "|i1", "U8": "|u1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "F32": "<f4"}
-        for name, entry in header.items():
-            self.types[name] = types[entry["dtype"]]
-            kind = self.types[name].replace("f", "u")  # floats as their bits: see rounded()
-            start, stop = (end + offset for offset in entry["data_offsets"])
-            self.arrays[name] = np.frombuffer(data[start:stop], kind).reshape(entry["shape"])
+        information = self._read(path)
+        if information.get("shared_from") is not None:
+            self._read(path.with_name(information["shared_from"]), information["shared"])
+        self.config: dict[str, Any] = information["config"]
+        self.grids: dict[str, int] = information["grids"]
         settings = {**self.config, "grids": self.grids, "revision": 2}
         settings.pop("name", None)
         settled = json.dumps(settings, sort_keys=True).encode()
@@ -356,6 +370,21 @@ class Weights:
             Tables(*(self.arrays[f"tables.{part}.{name}"] for name in ("cdf", "size", "offset", "raw_bits")))
             for part in "yz"
         )
+
+    def _read(self, path: Path, names: Sequence[str] | None = None) -> Any:
+        """Take over the arrays of a file, all or some of them. Returns its metadata."""
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        information = json.loads(header.pop("__metadata__")["lic"])
+        types = {"I8": "|i1", "U8": "|u1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "F32": "<f4"}
+        for name in header if names is None else names:
+            entry = header[name]
+            self.types[name] = types[entry["dtype"]]
+            kind = self.types[name].replace("f", "u")  # floats as their bits: see rounded()
+            start, stop = (end + offset for offset in entry["data_offsets"])
+            self.arrays[name] = np.frombuffer(data[start:stop], kind).reshape(entry["shape"])
+        return information
 
     def _digest(self, start: bytes, modules: Sequence[str]) -> bytes:
         digest = hashlib.sha256(start)
@@ -435,7 +464,7 @@ class Weights:
         return self.feed(f"{name}.feed", self.sum(wide, x, self.linear(f"{name}.outer", t, wide)), wide)
 
 
-# Entropy model (5.3 to 5.7)
+# What all systems share (5.3 to 5.6)
 
 
 def hyper_latents(data: bytes, weights: Weights, code: int, rows: int, columns: int) -> Ints:
@@ -479,118 +508,372 @@ def rows_and_means(answer: Activation, log2: Ints, index: Ints) -> tuple[Ints, I
     return 8 * i + e + 4 - 8 * m, m
 
 
+class Tile:
+    """A tile whose hyper-latents are known. y: (row, column, channel), as far as it has been read.
+
+    A *place* below stands for latents: arrays of rows, columns and channels, which broadcast to one shape, (..., C).
+    """
+
+    def __init__(self, weights: Weights, code: int, z: Ints) -> None:
+        self.weights, self.code, self.psi = weights, code, hyper_synthesis(z, weights, code)
+        self.log2, self.index = (interpolate(weights.ints(f"units.{name}"), code) for name in ("log2", "index"))
+        self.y = np.zeros((4 * z.shape[0], 4 * z.shape[1], weights.config["latent"]), np.int64)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the system."""
+        options: dict[str, Any] = self.weights.config["context"]
+        return options
+
+    def read(self, stream: Stream, place: Place, answer: Activation) -> None:
+        """Read the latents of a place. answer: (..., 2C), first all means, then all scales."""
+        rows, m = rows_and_means(answer, self.log2[place[2]], self.index[place[2]])
+        self.y[place] = np.array(stream.read(rows.ravel().tolist()), np.int64).reshape(rows.shape) + m
+
+    def features(self, place: Place) -> Activation:
+        return features(self.y[place], self.log2[place[2]])
+
+    def psi_at(self, place: Place) -> Activation:
+        """ψ at the positions of a place, (..., channel)."""
+        return self.psi._replace(a=self.psi.a[place[0][..., 0], place[1][..., 0]])
+
+    def linear(self, name: str, x: Activation, grid: str, leaky: bool = False) -> Activation:
+        return self.weights.linear(f"context.{name}", x, f"context.{grid}", leaky)
+
+    def to(self, grid: str, x: Activation) -> Activation:
+        return self.weights.to(f"context.{grid}", x)
+
+    def sum(self, grid: str, first: Activation, *others: Activation) -> Activation:
+        return self.weights.sum(f"context.{grid}", first, *others)
+
+    def quality(self, name: str, grid: str) -> Activation:
+        return self.weights.quality(f"context.{name}", self.code, f"context.{grid}")
+
+    def own(self, name: str, i: int) -> Activation:
+        """Row i of an array, plus `quality`."""
+        rows = self.weights.param("context.wide", f"context.{name}")
+        return self.sum("wide", rows._replace(a=rows.a[i]), self.quality("quality", "wide"))
+
+    def heads(self, name: str, x: Activation, parts: str) -> list[Activation]:
+        """Queries, keys and values, or some of them, each (..., head, channel)."""
+        n = self.to(f"{name}.narrow", x)
+        results = [self.linear(f"{name}.{part}", n, f"{name}.{part}_grid") for part in parts]
+        return [t._replace(a=t.a.reshape(*t.a.shape[:-1], self.options["heads"], -1)) for t in results]
+
+    def add_attention(self, name: str, x: Activation, attention: Activation) -> Activation:
+        """x, plus what attention, (..., head, channel), adds to it."""
+        joined = attention._replace(a=attention.a.reshape(x.a.shape))
+        return self.sum("wide", x, self.linear(f"{name}.out", joined, "wide"))
+
+    def feed(self, name: str, x: Activation) -> Activation:
+        return self.weights.feed(f"context.{name}", x, "context.wide")
+
+    def psi_head(self, name: str, psi: Activation) -> Activation:
+        """(5.9)"""
+        x = self.sum(f"{name}.wide", psi, self.quality(f"{name}.quality", f"{name}.wide"))
+        x = self.linear(f"{name}.first", self.to(f"{name}.narrow", x), f"{name}.hidden", leaky=True)
+        return self.linear(f"{name}.last", x, "answer")
+
+
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
 
 
+def grid_of(rows: Iterable[int], columns: Iterable[int], channels: Iterable[int]) -> Place:
+    """The place of everything that lies in one of the rows, columns and channels."""
+    return np.ix_(*(np.fromiter(part, np.int64) for part in (rows, columns, channels)))  # type: ignore[return-value]
+
+
+def channels_of(slices: list[int], s: int) -> range:
+    """The channels of slice s."""
+    return range(sum(slices[:s]), sum(slices[: s + 1]))
+
+
+def windows(rows: int, columns: int, side: int, shifted: bool) -> Iterator[tuple[slice, slice]]:
+    """What exists of each window."""
+    first = -(side // 2) if shifted else 0
+    for top, left in product(range(first, rows, side), range(first, columns, side)):
+        yield slice(max(top, 0), top + side), slice(max(left, 0), left + side)
+
+
 class GroupedMixer:
-    """The context model (5.7) of one tile. psi: ψ; g below is the number of a group."""
+    """(5.7) g is the number of a group."""
 
-    def __init__(self, weights: Weights, code: int, psi: Activation) -> None:
-        self.weights, self.code, self.psi = weights, code, psi
-        self.heads: int = weights.config["context"]["heads"]
-        self.past: list[list[tuple[Activation, Activation]]] = [[] for _ in range(weights.config["context"]["mixers"])]
+    def __init__(self, tile: Tile) -> None:
+        self.tile = tile
+        self.past: list[list[tuple[Activation, Activation]]] = [[] for _ in range(tile.options["mixers"])]
 
-    def answer(self, g: int, features: Activation | None) -> Activation:
-        """(a, b) of group g at each cell. features: those of group g - 1. To be called for each group in turn."""
-        weights, (row, column) = self.weights, PHASES[g % 4]
-        group = weights.param("context.wide", "context.group")
-        quality = weights.quality("context.quality", self.code, "context.wide")
-        own = weights.sum("context.wide", group._replace(a=group.a[g]), quality)
-        psi = self.psi._replace(a=self.psi.a[row::2, column::2])
-        x = weights.sum("context.wide", weights.linear(f"context.psi.{g // 4}", psi, "context.wide"), own)
-        if features is not None:
-            embedded = weights.linear(f"context.embed.{(g - 1) // 4}", features, "context.wide")
-            x = weights.sum("context.wide", x, embedded)
-        for i in range(len(self.past)):
-            x = self.cross(i, g, self.inner(i, g, x))
-        return weights.linear(f"context.head.{g // 4}", weights.to("context.narrow", x), "context.answer")
+    @staticmethod
+    def groups(options: dict[str, Any]) -> int:
+        return 4 * len(options["slices"])
 
-    def queries_keys_values(self, name: str, x: Activation) -> list[Activation]:
-        """Each (row, column, head, channel)."""
-        n = self.weights.to(f"{name}.narrow", x)
-        three = [self.weights.linear(f"{name}.{part}", n, f"{name}.{part}_grid") for part in "qkv"]
-        return [t._replace(a=t.a.reshape(*t.a.shape[:2], self.heads, -1)) for t in three]
+    def decode(self, streams: Sequence[Stream]) -> None:
+        tile = self.tile
+        for g, stream in enumerate(streams):
+            psi = tile.linear(f"psi.{g // 4}", tile.psi_at(self.place(g)), "wide")
+            x = tile.sum("wide", psi, tile.own("group", g))
+            if g > 0:
+                seen = tile.features(self.place(g - 1))
+                x = tile.sum("wide", x, tile.linear(f"embed.{(g - 1) // 4}", seen, "wide"))
+            for i in range(len(self.past)):
+                x = self.cross(i, g, self.inner(i, g, x))
+            tile.read(stream, self.place(g), tile.linear(f"head.{g // 4}", tile.to("narrow", x), "answer"))
 
-    def finish(self, name: str, x: Activation, attention: Activation) -> Activation:
-        joined = attention._replace(a=attention.a.reshape(x.a.shape))
-        out = self.weights.linear(f"{name}.attention.out", joined, "context.wide")
-        return self.weights.feed(f"{name}.feed", self.weights.sum("context.wide", x, out), "context.wide")
+    def place(self, g: int) -> Place:
+        rows, columns, _ = self.tile.y.shape
+        row, column = PHASES[g % 4]
+        return grid_of(range(row, rows, 2), range(column, columns, 2), channels_of(self.tile.options["slices"], g // 4))
 
     def inner(self, i: int, g: int, x: Activation) -> Activation:
         """Over the cells of a window, within group g."""
-        name, window = f"context.inner.{i}", self.weights.config["context"]["window"]
-        n = self.weights.to(f"{name}.narrow", x)
-        x = self.weights.sum("context.wide", x, self.weights.depthwise(f"{name}.spatial", n, "context.wide", g))
-        q, k, v = self.queries_keys_values(f"{name}.attention", x)
-        bias = self.weights.rounded(f"{name}.bias", 5)  # (offset, head)
+        tile, name, window = self.tile, f"inner.{i}", self.tile.options["window"]
+        n = tile.to(f"{name}.narrow", x)
+        x = tile.sum("wide", x, tile.weights.depthwise(f"context.{name}.spatial", n, "context.wide", g))
+        q, k, v = tile.heads(f"{name}.attention", x, "qkv")
+        bias = tile.weights.rounded(f"context.{name}.bias", 5)  # (offset, head)
         result = np.zeros_like(v.a)
         rows, columns = x.a.shape[:2]
-        first = -(window // 2) if i % 2 else 0
-        for top in range(first, rows, window):
-            for left in range(first, columns, window):
-                cells = np.mgrid[max(top, 0) : min(top + window, rows), max(left, 0) : min(left + window, columns)]
-                r, c = cells.reshape(2, -1)
-                offset = (r[:, None] - r + window - 1) * (2 * window - 1) + c[:, None] - c + window - 1
-                qs, ks, vs = (t._replace(a=t.a[r, c].swapaxes(0, 1)) for t in (q, k, v))  # (head, cell, channel)
-                result[r, c] = attend(qs, ks, vs, bias[offset].transpose(2, 0, 1)).a.swapaxes(0, 1)
-        return self.finish(name, x, v._replace(a=result))
+        for vertical, horizontal in windows(rows, columns, window, i % 2 == 1):
+            r, c = (t.ravel() for t in np.mgrid[:rows, :columns][:, vertical, horizontal])
+            offset = (r[:, None] - r + window - 1) * (2 * window - 1) + c[:, None] - c + window - 1
+            qs, ks, vs = (t._replace(a=t.a[r, c].swapaxes(0, 1)) for t in (q, k, v))  # (head, cell, channel)
+            result[r, c] = attend(qs, ks, vs, bias[offset].transpose(2, 0, 1)).a.swapaxes(0, 1)
+        return tile.feed(f"{name}.feed", tile.add_attention(f"{name}.attention", x, v._replace(a=result)))
 
     def cross(self, i: int, g: int, x: Activation) -> Activation:
         """Over the groups up to g, within a cell."""
-        name = f"context.cross.{i}"
-        q, k, v = self.queries_keys_values(f"{name}.attention", x)
+        tile, name = self.tile, f"cross.{i}"
+        q, k, v = tile.heads(f"{name}.attention", x, "qkv")
         self.past[i].append((k, v))
         keys, values = (  # (row, column, head, group, channel)
             t[0]._replace(a=np.stack([group.a for group in t], axis=-2)) for t in zip(*self.past[i], strict=True)
         )
-        bias = self.weights.rounded(f"{name}.bias", 5)[:, g, None, : g + 1]  # (head, 1, group)
-        return self.finish(name, x, attend(q._replace(a=q.a[..., None, :]), keys, values, bias))
+        bias = tile.weights.rounded(f"context.{name}.bias", 5)[:, g, None, : g + 1]  # (head, 1, group)
+        attention = attend(q._replace(a=q.a[..., None, :]), keys, values, bias)
+        return tile.feed(f"{name}.feed", tile.add_attention(f"{name}.attention", x, attention))
 
 
-def decode_tile(streams: list[bytes], width: int, height: int, weights: Weights, code: int) -> Tile:
-    """(z, y), each (channel, row, column)."""
-    rows, columns = -(-height // 64), -(-width // 64)
-    z = hyper_latents(streams[0], weights, code, rows, columns)
-    model = GroupedMixer(weights, code, hyper_synthesis(z, weights, code))
-    log2, index = (interpolate(weights.ints(f"units.{name}"), code) for name in ("log2", "index"))
-    slices: list[int] = weights.config["context"]["slices"]
-    y = np.zeros((4 * rows, 4 * columns, sum(slices)), np.int64)
-    seen = None
-    for g, stream in enumerate(streams[1:]):
-        first = sum(slices[: g // 4])
-        channels = slice(first, first + slices[g // 4])
-        table_rows, m = rows_and_means(model.answer(g, seen), log2[channels], index[channels])
-        values = decode_stream(stream, weights.y, table_rows.ravel().tolist())
-        group = np.array(values, np.int64).reshape(m.shape) + m
-        row, column = PHASES[g % 4]
-        y[row::2, column::2, channels] = group
-        seen = features(group, log2[channels])
-    return z.astype(np.int32).transpose(2, 0, 1), y.astype(np.int32).transpose(2, 0, 1)
+@dataclass
+class Keys:
+    """Of one group in one layer of eContextformer. k, v: (position, head, channel)."""
+
+    segment: int
+    rows: Ints
+    columns: Ints
+    k: Activation
+    v: Activation
 
 
-def decode_symbols(data: bytes, weights: bytes) -> Symbols:
-    """Decode all symbols of a `.lic` file with the contents of a weights file.
+class EContextformer:
+    """(5.8) Activations of a group are (position, channel)."""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile = tile
+        self.past: list[list[Keys]] = [[] for _ in range(tile.options["layers"])]
+
+    @staticmethod
+    def groups(options: dict[str, Any]) -> int:
+        return 2 * len(options["segments"])
+
+    def decode(self, streams: Sequence[Stream]) -> None:
+        tile, segments = self.tile, self.tile.options["segments"]
+        by_segment = {"spatial": True, "channel": False}[tile.options["order"]]
+        for g, stream in enumerate(streams):
+            s, half = divmod(g, 2) if by_segment else (g % len(segments), g // len(segments))
+            rows, columns = np.nonzero(np.indices(tile.y.shape[:2]).sum(0) % 2 == half)
+            place = rows[:, None], columns[:, None], np.array(channels_of(segments, s))
+            x = tile.sum("wide", tile.linear(f"psi.{s}", tile.psi_at(place), "wide"), tile.own("group", g))
+            before = []
+            for i in range(len(self.past)):
+                before.append(x)
+                if g > 0:
+                    x = self.attention(i, s, rows, columns, x)
+                x = tile.feed(f"layers.{i}.feed", x)
+            tile.read(stream, place, tile.linear(f"head.{s}", tile.to("narrow", x), "answer"))
+            if g < len(streams) - 1:
+                embedded = tile.linear(f"embed.{s}", tile.features(place), "wide")
+                for i, x in enumerate(before):
+                    k, v = tile.heads(f"layers.{i}.attention", tile.sum("wide", x, embedded), "kv")
+                    self.past[i].append(Keys(s, rows, columns, k, v))
+
+    def attention(self, i: int, s: int, rows: Ints, columns: Ints, x: Activation) -> Activation:
+        """Of a group of segment s over all groups before it."""
+        tile, name, side = self.tile, f"layers.{i}", self.tile.options["window"]
+        (q,) = tile.heads(f"{name}.attention", x, "q")
+        past, bias = self.past[i], tile.weights.rounded(f"context.{name}.bias", 5)  # (offset, head)
+        key_rows, key_columns = (np.concatenate([getattr(t, part) for t in past]) for part in ("rows", "columns"))
+        key_segments = np.concatenate([np.full(len(t.rows), t.segment) for t in past])
+        k, v = (getattr(past[0], t)._replace(a=np.concatenate([getattr(p, t).a for p in past])) for t in "kv")
+        result = np.zeros_like(q.a)
+        height, width, _ = tile.y.shape
+        for vertical, horizontal in windows(height, width, side, i % 2 == 1):
+            inside = np.zeros((height, width), bool)
+            inside[vertical, horizontal] = True
+            queries, keys = np.flatnonzero(inside[rows, columns]), np.flatnonzero(inside[key_rows, key_columns])
+            offset = s - key_segments[keys] + len(tile.options["segments"]) - 1
+            offset = offset * (2 * side - 1) + rows[queries, None] - key_rows[keys] + side - 1
+            offset = offset * (2 * side - 1) + columns[queries, None] - key_columns[keys] + side - 1
+            chosen = ((q, queries), (k, keys), (v, keys))
+            qs, ks, vs = (t._replace(a=t.a[which].swapaxes(0, 1)) for t, which in chosen)  # (head, position, channel)
+            result[queries] = attend(qs, ks, vs, bias[offset].transpose(2, 0, 1)).a.swapaxes(0, 1)
+        return tile.add_attention(f"{name}.attention", x, v._replace(a=result))
+
+
+class Hyperprior:
+    """(5.9)"""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile = tile
+
+    @staticmethod
+    def groups(options: dict[str, Any]) -> int:
+        return 1
+
+    def decode(self, streams: Sequence[Stream]) -> None:
+        tile = self.tile
+        tile.read(streams[0], grid_of(*map(range, tile.y.shape)), tile.psi_head("head", tile.psi))
+
+
+class Msp:
+    """(5.10) known: K."""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile, self.slices = tile, tile.options["slices"]
+        bits, limit = tile.weights.grid("context.wide_known")
+        self.known = Activation(np.zeros((*tile.y.shape[:2], tile.options["width"]), np.int64), bits, limit)
+
+    @staticmethod
+    def groups(options: dict[str, Any]) -> int:
+        levels: int = options["levels"]
+        return 1 + 3 * levels * len(options["slices"])
+
+    def decode(self, streams: Sequence[Stream]) -> None:
+        tile, levels, n = self.tile, self.tile.options["levels"], len(self.slices)
+        coarsest = self.positions(1 << levels, (0, 0), range(len(tile.log2)))
+        tile.read(streams[0], coarsest, tile.psi_head("coarsest", tile.psi_at(coarsest)))
+        for s in range(n):
+            self.observe(self.positions(1 << levels, (0, 0), channels_of(self.slices, s)), s)
+        for step, stream in enumerate(streams[1:]):
+            level, t = divmod(step, 3 * n)
+            s = t % n
+            cell = 1 << levels - level
+            place = self.positions(cell, PHASES[1 + t // n], channels_of(self.slices, s))
+            x = tile.sum("wide", tile.linear(f"psi.{s}", tile.psi_at(place), "wide"), tile.own("step", step))
+            tile.read(stream, place, self.answer(x, level, t, cell))
+            self.observe(place, s)
+
+    def positions(self, cell: int, phase: tuple[int, int], channels: Iterable[int]) -> Place:
+        """Of one phase of all cells, which are ``cell`` positions wide."""
+        rows, columns = (range(p * cell // 2, n, cell) for p, n in zip(phase, self.tile.y.shape[:2], strict=True))
+        return grid_of(rows, columns, channels)
+
+    def observe(self, place: Place, s: int) -> None:
+        embedded = self.tile.linear(f"embed.{s}", self.tile.features(place), "wide_known")
+        at = place[0][..., 0], place[1][..., 0]
+        before = self.known._replace(a=self.known.a[at])
+        self.known.a[at] = self.tile.sum("wide_known", before, embedded).a
+
+    def answer(self, x: Activation, level: int, t: int, cell: int) -> Activation:
+        """Of step t of a level, for the tokens x of its cells."""
+        tile, n = self.tile, len(self.slices)
+        for p, phase in enumerate(PHASES):
+            first = 1 + (p - 1) * n if p else 0
+            if t >= first:
+                rows, columns, _ = self.positions(cell, phase, range(1))
+                near = tile.to("known", self.known._replace(a=self.known.a[rows[..., 0], columns[..., 0]]))
+                kernel = level * (3 * n - first) + t - first
+                x = tile.sum("wide", x, tile.weights.depthwise(f"context.around.{p}", near, "context.wide", kernel))
+        for i in range(tile.options["depth"]):
+            name = f"blocks.{i}"
+            y = tile.linear(f"{name}.inner", tile.to(f"{name}.narrow", x), f"{name}.hidden", leaky=True)
+            kernel = level * 3 * n + t
+            y = tile.weights.depthwise(f"context.{name}.spatial", y, f"context.{name}.mixed", kernel)
+            x = tile.feed(f"{name}.feed", tile.sum("wide", x, tile.linear(f"{name}.outer", y, "wide")))
+        return tile.linear(f"head.{t % n}", tile.to("narrow", x), "answer")
+
+
+class Nlaic:
+    """(5.11) seen: (row + 2, column + 2, channel + 2, 2), p and |g| of what has been read, with a border of zeros."""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile = tile
+        rows, columns, channels = tile.y.shape
+        self.seen = np.zeros((rows + 4, columns + 4, channels + 2, 2), np.int64)
+        psi = tile.linear("psi", tile.psi, "wide")
+        psi = psi._replace(a=psi.a.reshape(rows, columns, channels, tile.options["features"]))
+        self.own = tile.sum("wide", psi, tile.quality("quality", "wide"))
+
+    @staticmethod
+    def groups(options: dict[str, Any]) -> int:
+        return len(options["slices"])
+
+    def decode(self, streams: Sequence[Stream]) -> None:
+        rows, columns, channels = self.tile.y.shape
+        last_channels = np.cumsum(self.tile.options["slices"]) - 1
+        for t in range(rows + 3 * (channels - 1)):
+            last = min(t // 3, channels - 1)
+            c = np.arange(max(0, (t - rows) // 3 + 1), last + 1)
+            place = t - 3 * c, np.arange(columns)[:, None], c
+            self.tile.read(streams[int(np.searchsorted(last_channels, last))], place, self.answer(*place))
+            p, g = np.split(self.tile.features(place).a, 2, axis=-1)
+            self.seen[place[0] + 2, place[1] + 2, place[2] + 2] = np.stack([p, np.abs(g)], axis=-1)
+
+    def answer(self, r: Ints, x: Ints, c: Ints) -> Activation:
+        """For the latents of a step, (column, channel)."""
+        tile = self.tile
+        around = [(n, i) for n in (-2, -1) for i in range(-2, 3)] + [(0, -2), (0, -1)]
+        near = [self.seen[r + i + 2, x + j + 2, c + n + 2] for n, i in around for j in range(-2, 3)]
+        u = Activation(np.concatenate(near, axis=-1), 7, 1023)
+        v = tile.linear("filters", u, "joined")
+        own = tile.to("joined", self.own._replace(a=self.own.a[r, x, c]))
+        v = v._replace(a=np.concatenate([v.a, own.a], axis=-1))
+        v = tile.linear("second", tile.linear("first", v, "hidden1", leaky=True), "hidden2", leaky=True)
+        pairs = tile.linear("head", v, "answer")
+        return pairs._replace(a=np.concatenate([pairs.a[..., 0], pairs.a[..., 1]], axis=-1))
+
+
+SYSTEMS: dict[str, type[GroupedMixer | EContextformer | Hyperprior | Msp | Nlaic]] = {
+    "groupedmixer": GroupedMixer,
+    "econtextformer": EContextformer,
+    "hyperprior": Hyperprior,
+    "msp": Msp,
+    "nlaic": Nlaic,
+}
+
+
+def decode_tile(data: list[bytes], width: int, height: int, weights: Weights, code: int) -> Symbols:
+    """data: the streams of the tile."""
+    z = hyper_latents(data[0], weights, code, -(-height // 64), -(-width // 64))
+    tile = Tile(weights, code, z)
+    streams = [Stream(part, weights.y) for part in data[1:]]
+    SYSTEMS[weights.config["system"]](tile).decode(streams)
+    for stream in streams:
+        stream.end()
+    return z.astype(np.int32).transpose(2, 0, 1), tile.y.astype(np.int32).transpose(2, 0, 1)
+
+
+def decode_symbols(data: bytes, weights: Path) -> Decoded:
+    """Decode all symbols of a `.lic` file with a weights file.
 
     Raises DamagedError, UnsupportedError (also for other weights than those of the file) or TooLargeError.
     """
     container, model = read_container(data), Weights(weights)
     if (container.entropy_id, container.synthesis_id) != (model.entropy_id, model.synthesis_id):
         raise UnsupportedError("the file needs other weights")
-    if model.config["system"] != "groupedmixer":
-        raise UnsupportedError("the weights are of another system than groupedmixer")
-    groups = 4 * len(model.config["context"]["slices"])
+    if model.config["system"] not in SYSTEMS:
+        raise UnsupportedError("the weights are of an unknown system")
+    groups = SYSTEMS[model.config["system"]].groups(model.config["context"])
     require(len(container.streams[0]) == groups + 1, "the number of streams does not fit the model")
     parts = zip(container.streams, container.tiles, strict=True)
     tiles = [decode_tile(streams, *size, model, container.quality) for streams, size in parts]
     written = b"".join(array.astype("<i4").tobytes() for tile in tiles for array in tile)
     require(zlib.crc32(written) == container.symbols_crc, "wrong symbols")
-    return Symbols(tiles, hashlib.sha256(written).hexdigest())
+    return Decoded(tiles, hashlib.sha256(written).hexdigest())
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: reference_decoder.py FILE.lic WEIGHTS.safetensors")
     try:
-        print(decode_symbols(Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]).read_bytes()).sha256)
+        print(decode_symbols(Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])).sha256)
     except ValueError as error:
         sys.exit(f"{sys.argv[1]}: {error}")

@@ -6,19 +6,27 @@ import json
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import reference_decoder as reference
-from hypothesis import given
+from conftest import DATA
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_models import MODELS, TINY, file_of, write_small_model
 
 import lic
+from lic import conformance
+from lic.container import pack, parse
+from lic.model.store import LoadedModel, load
+from lic.pipeline.tile import Latents
+from lic.quality import MAX_CODE
 
-DATA = Path(__file__).parent / "data"
-TINY = (DATA / "models" / "tiny.safetensors").read_bytes()
 BASE = Path(__file__).parent.parent / "weights" / "base.safetensors"
 GOLDEN = sorted((DATA / "golden").glob("*.lic"))
 
@@ -42,6 +50,11 @@ CASES = {
     "noise, highest quality": (np.random.default_rng(0).integers(0, 256, (65, 64, 3), np.uint8), 100),
     "white": (np.full((64, 128, 3), 255, np.uint8), 0),
 }
+
+
+@cache
+def model_of(name: str) -> LoadedModel:
+    return load(name)
 
 
 def with_checksum(data: bytes) -> bytes:
@@ -104,7 +117,68 @@ def expected(files: dict[str, Path]) -> dict[str, str]:
 def test_same_symbols(name: str, files: dict[str, Path], expected: dict[str, str]) -> None:
     data = files[name].read_bytes()
     weights = BASE if lic.info(data).model == "base" else DATA / "models" / f"{lic.info(data).model}.safetensors"
-    assert reference.decode_symbols(data, weights.read_bytes()).sha256 == expected[name]
+    assert reference.decode_symbols(data, weights).sha256 == expected[name]
+
+
+def assert_same(model: LoadedModel, data: bytes, written: list[Latents]) -> None:
+    """Both decoders find in a file what was written into it."""
+
+    def arrays(tiles: list[Latents]) -> list[list[np.ndarray]]:
+        return [[t[0].permute(2, 0, 1).int().numpy() for t in (tile.z, tile.y)] for tile in tiles]
+
+    np.testing.assert_equal(arrays(conformance.decoded(model, parse(data)).latents), arrays(written))
+    found = reference.decode_symbols(data, model.info.path).tiles
+    np.testing.assert_equal([list(tile) for tile in found], arrays(written))
+
+
+@pytest.mark.parametrize("name", ["tiny", *MODELS])
+@example(width=130, height=60, code=20_000, tile=64, seed=0, wild=97)
+@given(
+    width=st.integers(1, 200),
+    height=st.integers(1, 100),
+    code=st.integers(0, MAX_CODE),
+    tile=st.sampled_from([0, 128]),
+    seed=st.integers(0, 2**32 - 1),
+    wild=st.sampled_from([0, 7, 97]),
+)
+@settings(max_examples=3, deadline=None, derandomize=True)
+def test_same_symbols_whatever_they_are(
+    name: str, width: int, height: int, code: int, tile: int, seed: int, wild: int
+) -> None:
+    model = model_of(name)
+    assert_same(model, *file_of(model, width, height, code, tile, seed, wild))
+
+
+@pytest.mark.parametrize(
+    ("system", "options"),
+    [
+        ("groupedmixer", {"slices": [8, 16, 24], "width": 32, "heads": 4, "mixers": 2, "window": 4}),
+        ("econtextformer", {"segments": [48], "order": "spatial", "width": 16, "heads": 1, "layers": 3, "window": 4}),
+        (
+            "econtextformer",
+            {"segments": [1, 46, 1], "order": "channel", "width": 24, "heads": 3, "layers": 2, "window": 4},
+        ),
+        ("msp", {"levels": 1, "slices": [48], "width": 16, "depth": 1}),
+        ("msp", {"levels": 2, "slices": [48], "width": 24, "depth": 1}),
+        ("msp", {"levels": 1, "slices": [8, 16, 24], "width": 16, "depth": 2}),
+        ("nlaic", {"slices": [48], "filters": 4, "features": 8, "widths": [12, 8]}),
+    ],
+)
+def test_same_symbols_with_other_options(tmp_path: Path, system: str, options: dict[str, Any]) -> None:
+    (tmp_path / TINY.name).write_bytes(TINY.read_bytes())
+    model = write_small_model(tmp_path / "other.safetensors", system, options, seed=2)
+    assert_same(model, *file_of(model, width=150, height=60, code=35_000, tile=128, seed=5, wild=97))
+
+
+@pytest.mark.parametrize("name", ["tiny", *MODELS])
+def test_wrong_number_of_streams_is_refused(name: str) -> None:
+    model = model_of(name)
+    container = parse(file_of(model, 64, 64, 30_000, 0, seed=1)[0])
+    whole = container.tiles[0]
+    for streams in [(*whole, b""), whole[:-1]][: len(whole) - 1]:  # a file has at least 2
+        header = replace(container.header, streams=len(streams))
+        with pytest.raises(reference.DamagedError, match="number of streams"):
+            reference.decode_symbols(pack(replace(container, header=header, tiles=(streams,))), model.info.path)
 
 
 def test_the_command(files: dict[str, Path], expected: dict[str, str]) -> None:
