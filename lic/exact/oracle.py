@@ -188,11 +188,15 @@ class Model:
     """
 
     def __init__(
-        self, arrays: Mapping[str, npt.NDArray[Any]], options: Mapping[str, Any], grids: Mapping[str, int]
+        self,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        options: Mapping[str, Any],
+        grids: Mapping[str, int],
+        non_local_heads: int = 0,
     ) -> None:
         """``options`` are ``context`` of the configuration."""
         self.arrays, self.grids = arrays, grids
-        self.options = options
+        self.options, self.non_local_heads = options, non_local_heads
 
     def predict(self, z: Array, y: Array, code: int) -> tuple[Array, Array]:
         """z (h/4, w/4, hyper_latent), y (h, w, M) -> mean in eighths and index of the scale, (h, w, M)."""
@@ -224,12 +228,31 @@ class Model:
     def _hyper_synthesis(self, z: Array, code: int) -> Activation:
         x = self._linear("h_s.first", Activation(z, 0), "h_s.wide64")
         x = self._sum("h_s.wide64", x, self._quality("h_s.quality", "h_s.wide64", code))
+        if self.non_local_heads:
+            x = self._non_local("h_s.non_local", x, "h_s.wide64")
         x = self._to("h_s.narrow64", self._block("h_s.block64", x, "h_s.wide64"))
         x = _doubled(self._linear("h_s.up32", x, "h_s.wide32"))
         x = self._to("h_s.narrow32", self._block("h_s.block32", x, "h_s.wide32"))
         x = _doubled(self._linear("h_s.up16", x, "h_s.wide16"))
         x = self._to("h_s.narrow16", self._block("h_s.block16", x, "h_s.wide16"))
         return self._linear("h_s.last", x, "h_s.psi")
+
+    def _non_local(self, name: str, x: Activation, wide: str) -> Activation:
+        t = self._linear(f"{name}.inner", self._to(f"{name}.narrow", x), f"{name}.hidden", leaky=True)
+        t = self._linear(f"{name}.outer", self._depthwise(f"{name}.spatial", t, f"{name}.mixed", ...), f"{name}.branch")
+        q, k, v = self._project(f"{name}.attention", x)
+        height, width = x.x.shape[:2]
+        y = np.zeros_like(v.x)
+        for top in range(0, height, 16):
+            for left in range(0, width, 16):
+                block = slice(top, top + 16), slice(left, left + 16)
+                heads = [self._heads(part.x[block], self.non_local_heads) for part in (q, k, v)]
+                count = heads[0].shape[1]
+                result = attend(heads[0], heads[1], heads[2], q.bits, k.bits, np.zeros((count, count)))
+                y[block] = _whole(result).reshape(y[block].shape)
+        seen = self._sum(wide, x, self._linear(f"{name}.attention.out", Activation(y, v.bits), wide))
+        mask = self._linear(f"{name}.mask", self._to(f"{name}.joined", seen), f"{name}.gate")
+        return self._sum(wide, x, self._to(wide, Activation(t.x * (mask.x + 512), t.bits + 10)))
 
     def _block(self, name: str, x: Activation, wide: str) -> Activation:
         t = self._linear(f"{name}.inner", self._to(f"{name}.narrow", x), f"{name}.hidden", leaky=True)
@@ -256,7 +279,7 @@ class Model:
                 row, column = (part[window].ravel() for part in np.indices((height, width)))
                 row, column = (part[:, None] - part + side - 1 for part in (row, column))
                 bias = self.arrays[f"{name}.bias"][row * (2 * side - 1) + column].transpose(2, 0, 1)
-                heads = [self._heads(part.x[window]) for part in (q, k, v)]
+                heads = [self._heads(part.x[window], self.options["heads"]) for part in (q, k, v)]
                 result = attend(heads[0], heads[1], heads[2], q.bits, k.bits, bias)
                 y[window] = _whole(result).reshape(y[window].shape)
         x = self._sum(wide, x, self._linear(f"{name}.attention.out", Activation(y, v.bits), wide))
@@ -271,7 +294,10 @@ class Model:
                 np.stack([part.x.reshape(-1, part.x.shape[-1]) for part in parts], axis=1)  # (cells, groups, d)
                 for parts in zip(*projected[: g + 1], strict=True)
             )
-            heads = [np.stack([self._heads(cell) for cell in part]) for part in (queries[:, g:], keys, values)]
+            heads = [
+                np.stack([self._heads(cell, self.options["heads"]) for cell in part])
+                for part in (queries[:, g:], keys, values)
+            ]
             q, k, v = projected[g]
             bias = self.arrays[f"{name}.bias"][:, g : g + 1, : g + 1]
             y = _whole(attend(heads[0], heads[1], heads[2], q.bits, k.bits, bias)).reshape(x.x.shape)
@@ -284,9 +310,9 @@ class Model:
         q, k, v = (self._linear(f"{name}.{part}", x, f"{name}.{part}_grid") for part in "qkv")
         return q, k, v
 
-    def _heads(self, x: Array) -> Array:
+    def _heads(self, x: Array, heads: int) -> Array:
         """(..., d) -> (heads, positions, d/heads)."""
-        return x.reshape(-1, self.options["heads"], x.shape[-1] // self.options["heads"]).swapaxes(0, 1)
+        return x.reshape(-1, heads, x.shape[-1] // heads).swapaxes(0, 1)
 
     def _to(self, grid: str, a: Activation) -> Activation:
         return Activation(rescale(a.x, a.bits, self.grids[grid], _limit(grid)), self.grids[grid])
@@ -322,6 +348,8 @@ def _limit(grid: str) -> int:
     name = grid.rpartition(".")[2]
     if name.startswith("wide") or name == "answer":
         return 32767
+    if name == "gate":
+        return 512
     return 511 if name in ("q_grid", "k_grid", "v_grid") else 1023
 
 

@@ -22,6 +22,7 @@ from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
+QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
 
 @dataclass
@@ -86,6 +87,8 @@ class CodecModel(nn.Module):
         grids = self.grids()
         if set(grids) != set(bits) or not all(type(b) is int and 0 <= b <= MAX_BITS for b in bits.values()):
             raise ValueError("the units of activations are not those of the network")
+        if any(grid.bits != bits[name] for name, grid in grids.items() if not grid.calibrated):
+            raise ValueError("units of activations differ from those that the network gives")
         for name, grid in grids.items():
             grid.bits = bits[name]
 
@@ -116,11 +119,15 @@ class CodecModel(nn.Module):
     def calibration(self) -> Iterator[None]:
         """Choose the units of the exact path from what passes through it, in floating point, inside the block.
 
-        Those of a part whose weights are frozen stay.
+        Those of a module with frozen weights in it stay.
         """
         self.set_exact(False)
-        frozen = {name.partition(".")[0] for name, layer in self.exact_layers().items() if layer.exponent is not None}
-        grids = [grid for name, grid in self.grids().items() if name.partition(".")[0] not in frozen]
+        frozen = [name for name, layer in self.exact_layers().items() if layer.exponent is not None]
+        grids = [
+            grid
+            for name, grid in self.grids().items()
+            if not any(layer.startswith(name.rpartition(".")[0] + ".") for layer in frozen)
+        ]
         for grid in grids:
             grid.observing, grid.largest = True, 0.0
         yield
@@ -203,9 +210,15 @@ class CodecModel(nn.Module):
         return round_for_rate(y, p.mean, p.scale, self.distortion_weight(code)[:, None, None])
 
     def forward(
-        self, x: Tensor, code: Tensor, *, frozen_latents: bool = False, optimised_rounding: bool = False
+        self,
+        x: Tensor,
+        code: Tensor,
+        *,
+        frozen_latents: bool = False,
+        optimised_rounding: bool = False,
+        quantiser: str = "ste",
     ) -> Forward:
-        """Training pass: rounding with straight-through gradients into context and synthesis.
+        """Training pass: context and synthesis get latents from the ``quantiser`` (:func:`quantised`).
 
         The bits are those of the rounded latents, and so are the gradients of the entropy model: under additive noise
         it would learn scales for noise (a symbol that is always 0 then still costs a tenth of a bit). The latents
@@ -216,7 +229,7 @@ class CodecModel(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        y_hat = round_ste(y)
+        y_hat = quantised(y, quantiser)
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))
         if optimised_rounding:
@@ -238,6 +251,20 @@ def lambda_of(code: Tensor) -> Tensor:
 def _step(code: Tensor) -> Tensor:
     """:func:`lic.quality.step_of` on tensors."""
     return torch.sqrt(26 / lambda_of(code))
+
+
+def quantised(y: Tensor, quantiser: str) -> Tensor:
+    """y (B, h, w, M) as training quantises it, with the gradient of the identity.
+
+    ``ste``: rounded; ``noise``: with uniform noise of one step instead; ``universal``: round(y + u) - u with one such
+    random u for each crop (Choi et al. 2019), errors like those of rounding, spread like noise.
+    """
+    if quantiser == "noise":
+        return _noisy(y)
+    if quantiser == "universal":
+        u = torch.rand(len(y), 1, 1, 1, device=y.device) - 0.5
+        return round_ste(y + u) - u
+    return round_ste(y)
 
 
 def _noisy(x: Tensor) -> Tensor:

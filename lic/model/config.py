@@ -8,6 +8,7 @@ from typing import Any
 
 DOWNSAMPLING = 16  # pixels per latent position, one side
 HYPER_DOWNSAMPLING = 64  # pixels per hyper-latent position, one side: images are padded to multiples of it
+_OPTIONAL = {"non_local_heads"}  # fields that may be left out of the JSON
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,19 @@ class Config:
     hyper_buckets: int = 8  # quality buckets of the prior of z
     system: str = "groupedmixer"
     context: Mapping[str, Any] = field(default_factory=dict)
+    non_local_heads: int = 0  # of the non-local attention modules in transforms and hyperprior; 0: no modules
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the optional fields that have their default: weights from before these were there stay the same."""
+        return {k: v for k, v in asdict(self).items() if v or k not in _OPTIONAL}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Config:
         """Raises ValueError on unknown or missing fields."""
         names = {f.name for f in fields(cls)}
-        if set(data) != names:
-            raise ValueError(f"configuration fields differ: {sorted(names ^ set(data))}")
+        different = (names ^ set(data)) - (_OPTIONAL - set(data))
+        if different:
+            raise ValueError(f"configuration fields differ: {sorted(different)}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
 
@@ -42,9 +46,9 @@ class Config:
 BASE = Config(context={"slices": [80, 240], "width": 256, "heads": 8, "mixers": 3, "window": 8})
 
 
-def _context(name: str, system: str, **options: Any) -> Config:
+def _context(name: str, system: str, *, non_local_heads: int = 0, **options: Any) -> Config:
     """A context model on the transforms and the hyperprior of base."""
-    return replace(BASE, name=name, system=system, context=options)
+    return replace(BASE, name=name, system=system, context=options, non_local_heads=non_local_heads)
 
 
 TINY = Config(
@@ -78,7 +82,15 @@ CONFIGS = {
             layers=6,
             window=8,
         ),
-        _context("nlaic", "nlaic", slices=[20, 20, 40, 40] + 4 * [50], filters=24, features=8, widths=[64, 96]),
+        _context(
+            "nlaic",
+            "nlaic",
+            non_local_heads=4,
+            slices=[20, 20, 40, 40] + 4 * [50],
+            filters=24,
+            features=8,
+            widths=[64, 96],
+        ),
         _context("msp-fast", "msp", levels=1, slices=[320], width=160, depth=2),
         _context("msp", "msp", levels=2, slices=[80, 240], width=224, depth=5),
         _context("msp-full", "msp", levels=2, slices=_SEGMENTS, width=216, depth=5),

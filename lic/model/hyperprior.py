@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lic.exact import Fixed, Grid, Linear, QualityTable
 from lic.model.config import Config
 from lic.model.layers import NARROW, WIDE, PlainResidual, depth_to_space, leaky, space_to_depth
+from lic.model.non_local import NonLocal
 from lic.quality import MAX_CODE
 
 Z_LIMIT = 63  # |z| is clamped to it
@@ -27,6 +28,7 @@ class HyperAnalysis(nn.Module):
         self.block32 = PlainResidual(width)
         self.down64 = nn.Linear(4 * width, width)
         self.block64 = PlainResidual(width)
+        self.non_local = NonLocal(width, config.non_local_heads) if config.non_local_heads else None
         self.last = nn.Linear(width, config.hyper_latent)
         self.floating = Grid(WIDE)  # the encoder's half is never exact
 
@@ -34,9 +36,12 @@ class HyperAnalysis(nn.Module):
         x = self.first(x) + self.quality(code)[:, None, None].to(x.dtype)
         x = self.down32(space_to_depth(leaky(self._block(self.block16, x)), 2))
         x = self.down64(space_to_depth(leaky(self._block(self.block32, x)), 2))
-        return (Z_GAIN * self.last(leaky(self._block(self.block64, x))).float()).clamp(-Z_LIMIT, Z_LIMIT)
+        x = self._block(self.block64, x)
+        if self.non_local is not None:
+            x = self._block(self.non_local, x)
+        return (Z_GAIN * self.last(leaky(x)).float()).clamp(-Z_LIMIT, Z_LIMIT)
 
-    def _block(self, block: PlainResidual, x: Tensor) -> Tensor:
+    def _block(self, block: PlainResidual | NonLocal, x: Tensor) -> Tensor:
         return block(Fixed(x), self.floating).x
 
 
@@ -49,6 +54,7 @@ class HyperSynthesis(nn.Module):
         half = width // 2
         self.first = Linear(config.hyper_latent, width)
         self.quality = QualityTable(config.knots, width)
+        self.non_local = NonLocal(width, config.non_local_heads) if config.non_local_heads else None
         self.block64 = PlainResidual(width)
         self.up32 = Linear(width, 4 * width)
         self.block32 = PlainResidual(width)
@@ -63,6 +69,8 @@ class HyperSynthesis(nn.Module):
         x = self.first(Fixed(z, 0, Z_LIMIT), self.wide64)
         quality = self.quality.fixed(code, self.wide64)
         x = self.wide64.add(x, quality._replace(x=quality.x[:, None, None]))
+        if self.non_local is not None:
+            x = self.non_local(x, self.wide64)
         x = _doubled(self.up32(self.narrow64(self.block64(x, self.wide64)), self.wide32))
         x = _doubled(self.up16(self.narrow32(self.block32(x, self.wide32)), self.wide16))
         return self.last(self.narrow16(self.block16(x, self.wide16)), self.psi)

@@ -183,7 +183,7 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
             continue
         full = value.astype(np.float32)
         if name + SCALE in arrays:
-            full = full * arrays[name + SCALE].astype(np.float32)[:, None]
+            full = _rows(arrays, name)
         elif name + EXPONENT in arrays:
             full = _scaled(full, -arrays[name + EXPONENT].astype(np.int32))
         state[name] = torch.from_numpy(full)
@@ -225,9 +225,9 @@ def identities(config: dict[str, Any], grids: dict[str, int], arrays: dict[str, 
 def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: ModelInfo | None = None) -> None:
     """Write a weights file of a network whose exact path is frozen (:meth:`CodecModel.freeze`).
 
-    ``meta`` holds rate_range and provenance; everything else is made here. With ``shared_from`` the file holds the
-    context model only and takes everything else from that file, which must lie in the same folder. Raises ValueError,
-    before anything is written, if the network is not frozen or a certificate fails.
+    ``meta`` holds rate_range and provenance; everything else is made here. With ``shared_from`` the file takes the
+    arrays that are the same from that file, which must lie in the same folder. Raises ValueError, before anything is
+    written, if the network is not frozen or a certificate fails.
     """
     import torch
     from safetensors.numpy import load_file as read
@@ -241,6 +241,7 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
         raise ValueError("the exact path is not frozen")
     with torch.no_grad():
         net.visit()
+    theirs = {} if shared_from is None else read(shared_from.path)
     arrays: dict[str, np.ndarray] = {}
     for name, tensor in net.state_dict().items():
         value = tensor.detach().float().cpu().numpy()
@@ -251,6 +252,8 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             arrays[name + EXPONENT] = exponent
         elif part in NETWORKS and value.ndim == 2 and name.endswith(".weight"):
             scale = np.maximum(np.abs(value).max(axis=1), 1e-12) / 127
+            if name + SCALE in theirs and np.array_equal(_rows(theirs, name), value):
+                scale = theirs[name + SCALE]  # which the largest value need not give to the last bit
             arrays[name] = np.rint(value / scale[:, None]).astype(np.int8)
             arrays[name + SCALE] = scale.astype(np.float32)
         elif part == "shortcut":
@@ -263,10 +266,7 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     for kind, tables in (("y", y_tables), ("z", z_tables)):
         for key, value in tables.to_arrays().items():
             arrays[f"tables.{kind}.{key}"] = value
-    shared = {}
-    if shared_from is not None:
-        shared = {k: v for k, v in read(shared_from.path).items() if not k.startswith("context.")}
-        arrays |= shared
+    shared = {name for name, value in theirs.items() if name in arrays and np.array_equal(arrays[name], value)}
     config = net.config.to_json()
     grids = net.grid_bits()
     entropy_id, synthesis_id = identities(json.loads(json.dumps(config)), grids, arrays)
@@ -285,6 +285,11 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     }
     own = {k: np.ascontiguousarray(v) for k, v in arrays.items() if k not in shared}
     atomic.write(path, save(own, {"lic": json.dumps(header)}))
+
+
+def _rows(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """The matrix (N, K) that is stored as 8-bit rows with scales."""
+    return arrays[name].astype(np.float32) * arrays[name + SCALE].astype(np.float32)[:, None]
 
 
 def _scaled(weight: np.ndarray, exponent: np.ndarray) -> np.ndarray:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lic.exact import QualityTable
+from lic.exact import Fixed, Grid, QualityTable
 from lic.model.config import DOWNSAMPLING, Config
-from lic.model.layers import Residual, depth_to_space, space_to_depth
+from lic.model.layers import WIDE, Residual, depth_to_space, space_to_depth
+from lic.model.non_local import NonLocal
 
 OVERLAP = DOWNSAMPLING // 2  # pixels by which a block reaches over each of its sides
 
@@ -114,12 +115,16 @@ class Analysis(nn.Module):
         self.down16 = nn.Linear(4 * w8, w16)
         stages = zip(config.widths, config.depths, strict=True)
         self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
+        self.non_local = NonLocal(w16, config.non_local_heads) if config.non_local_heads else None
+        self.floating = Grid(WIDE)  # transforms are never exact
         self.last = _zero(nn.Linear(w16, config.latent))
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         x = self.stage4(self.down4(space_to_depth(x, 4)), code)  # (B, H/4, W/4, w4)
         x = self.stage8(self.down8(space_to_depth(x, 2)), code)
         x = self.stage16(self.down16(space_to_depth(x, 2)), code)
+        if self.non_local is not None:
+            x = self.non_local(Fixed(x), self.floating).x
         return self.last(x)
 
 
@@ -130,6 +135,8 @@ class Synthesis(nn.Module):
         super().__init__()
         w4, w8, w16 = config.widths
         self.first = nn.Linear(config.latent, w16)
+        self.non_local = NonLocal(w16, config.non_local_heads) if config.non_local_heads else None
+        self.floating = Grid(WIDE)  # transforms are never exact
         self.up8 = nn.Linear(w16, 4 * w8)
         self.up4 = nn.Linear(w8, 4 * w4)
         self.linear8 = nn.Linear(192, w8)
@@ -139,7 +146,10 @@ class Synthesis(nn.Module):
         self.last = _zero(nn.Linear(w4, 48))
 
     def forward(self, y: Tensor, linear: Tensor, code: Tensor) -> Tensor:
-        x = self.stage16(self.first(y), code)
+        x = self.first(y)
+        if self.non_local is not None:
+            x = self.non_local(Fixed(x), self.floating).x
+        x = self.stage16(x, code)
         x = depth_to_space(self.up8(x), 2) + self.linear8(space_to_depth(linear, 8))
         x = self.stage8(x, code)
         x = depth_to_space(self.up4(x), 2) + self.linear4(space_to_depth(linear, 4))

@@ -1,7 +1,8 @@
 """Running the transforms over windows of a large image, so that memory stays bounded and no seam appears.
 
 A window carries a halo at least as wide as the network's receptive field; the result does not depend on how the
-image is cut, except for the order of floating-point sums.
+image is cut, except for the order of floating-point sums. Where there are non-local modules, windows and halos begin
+and end at multiples of their blocks or at the border of the image, so that no block is cut.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from torch import Tensor
 from lic.model.codec import CodecModel
 from lic.model.config import DOWNSAMPLING
 from lic.model.context import Geometry
+from lic.model.non_local import BLOCK
 
-WINDOW = 64  # side of a window in latent positions: 1024 pixels
+WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
 HALO = 8  # in latent positions; the transforms of `base` reach 6 (docs/architecture.md)
 
 
-def _windows(size: int) -> Iterator[tuple[int, int, int, int]]:
+def _windows(net: CodecModel, size: int) -> Iterator[tuple[int, int, int, int]]:
     """(start, end, start with halo, end with halo) along one axis, in latent positions."""
+    halo = BLOCK if net.config.non_local_heads else HALO
     for start in range(0, size, WINDOW):
         end = min(start + WINDOW, size)
-        yield start, end, max(0, start - HALO), min(size, end + HALO)
+        yield start, end, max(0, start - halo), min(size, end + halo)
 
 
 def analysis(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor) -> Tensor:
@@ -36,9 +39,9 @@ def analysis(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor) 
     height, width, _ = pixels.shape
     white = np.iinfo(pixels.dtype).max
     y = torch.empty(1, grid.height, grid.width, net.config.latent, device=code.device)
-    for top, bottom, above, below in _windows(grid.height):
+    for top, bottom, above, below in _windows(net, grid.height):
         rows = np.arange(above * n, below * n).clip(max=height - 1)
-        for left, right, before, after in _windows(grid.width):
+        for left, right, before, after in _windows(net, grid.width):
             columns = np.arange(before * n, after * n).clip(max=width - 1)
             window = torch.from_numpy(pixels[rows[:, None], columns]).to(code.device)
             part = net.analysis(window.float().expand(1, -1, -1, 3) / white - 0.5, code)
@@ -55,8 +58,8 @@ def synthesis(net: CodecModel, y: Tensor, code: Tensor, *, gray: bool = False, b
     n = DOWNSAMPLING
     white, dtype = 2**bits - 1, torch.uint8 if bits == 8 else torch.uint16
     x = torch.empty(1, h * n, w * n, 1 if gray else 3, dtype=dtype, device=y.device)
-    for top, bottom, above, below in _windows(h):
-        for left, right, before, after in _windows(w):
+    for top, bottom, above, below in _windows(net, h):
+        for left, right, before, after in _windows(net, w):
             part = net.synthesis(y[:, above:below, before:after], code)
             inside = part[:, (top - above) * n : (bottom - above) * n, (left - before) * n : (right - before) * n]
             if gray:

@@ -21,10 +21,18 @@ from lic.options import device_options, verbosity_options
 @click.option("--model", default="base", show_default=True, help="Configuration of a new run.")
 @click.option(
     "--part",
-    type=click.Choice(["all", "context"]),
+    type=click.Choice(["all", "context", "nonlocal", "gains"]),
     default="all",
     show_default=True,
-    help="What to train: everything, or the context model alone on the latents of --init.",
+    help="What to train: everything, or only a part of --init: the context model on its latents, "
+    "the non-local modules with the context model, the scaling factors of the latents.",
+)
+@click.option(
+    "--quantiser",
+    type=click.Choice(["ste", "universal", "noise"]),
+    default="ste",
+    show_default=True,
+    help="What stands for the rounding of latents: straight-through rounding, universal quantisation, noise.",
 )
 @click.option("--init", type=click.Path(path_type=Path, exists=True), help="Weights file or state to start from.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
@@ -76,8 +84,8 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
             if explicit and given[name] != getattr(trainer.settings, name):
                 raise LicError(f"{state} was made with {name} {getattr(trainer.settings, name)}, not {given[name]}")
     else:
-        if settings["part"] == "context" and init is None:
-            raise LicError("--part context needs the other parts: give --init")
+        if settings["part"] != "all" and init is None:
+            raise LicError(f"--part {settings['part']} needs the other parts: give --init")
         trainer = Trainer(Settings(schedule_minutes=schedule_minutes or minutes, **settings), target)
         if init is not None:
             if init.suffix == ".pt":
@@ -123,7 +131,7 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
 @click.option(
     "--shared-from",
     type=click.Path(path_type=Path, exists=True),
-    help="For a context model trained alone: the weights file, in TARGET's folder, with everything else.",
+    help="For a part trained alone: the weights file, in TARGET's folder, with everything else.",
 )
 @click.option("--name", help="Name of the model (default: its configuration's).")
 @click.option("--data", required=True, help="What it was trained on, for the record inside the file.")

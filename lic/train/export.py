@@ -29,21 +29,30 @@ def export(
     """Write the averaged weights of a state as a weights file, its entropy path on integers.
 
     ``calibration`` are pictures that the units of the integers are fitted to; none are needed for a state that was
-    trained on integers. With ``shared_from``, the weights file that a context model alone was trained on, the new file
-    holds the context model and shares the rest with that one. ``data`` says what the state was trained on. Raises
+    trained on integers. With ``shared_from``, the weights file that a part alone was trained on, the new file holds
+    what that part changed and shares the rest with that one. ``data`` says what the state was trained on. Raises
     ValueError if a certificate fails, LicError if there are no pictures that fit, UnsupportedError for damaged weights.
     """
     net, book = averaged_model(state)
+    part = book["settings"]["part"]
     net.requires_grad_(False)
     if name is not None:
         net.config = replace(net.config, name=name)
-    parent = None
+    parent = units = None
     if shared_from is not None:
         parent = read_info(shared_from)
-        net.h_s = load_file(parent).net.h_s
-    if not net.exact:
+        theirs = load_file(parent).net
+        if part == "nonlocal" or theirs.h_s.non_local is None:
+            theirs.h_s.non_local = net.h_s.non_local
+        net.h_s = theirs.h_s
+        if part == "gains":
+            net.context = theirs.context
+        else:
+            units = theirs.unit_tables  # which another machine may have rounded otherwise
+    if not net.exact and any(layer.exponent is None for layer in net.exact_layers().values()):
         calibrate(net, Pictures(calibration, torch.device("cpu"), seed=0, watch=False))
     net.freeze()
+    net.unit_tables = units or net.unit_tables
     provenance: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),

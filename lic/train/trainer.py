@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lic.errors import LicError
-from lic.model.codec import CodecModel, lambda_of
+from lic.model.codec import QUANTISERS, CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
 from lic.model.transforms import lapped_basis
@@ -35,17 +35,33 @@ MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels withou
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
 
 
+PARTS = {
+    "all": "everything",
+    "context": "the context model alone, as a density model of latents that stay as they are",
+    "nonlocal": "the non-local attention modules and the context model",
+    "gains": "the scaling factors of a finished model (log_gain, log_igain)",
+}
+
+
+def _is_trained(part: str, name: str) -> bool:
+    """Whether the parameter of this name belongs to one of PARTS."""
+    if part == "gains":
+        return name.startswith(("log_gain.", "log_igain."))
+    return part == "all" or name.startswith("context.") or (part == "nonlocal" and ".non_local." in name)
+
+
 @dataclass(frozen=True)
 class Settings:
     """One run. Progress through it is trained time over ``schedule_minutes``, or ``steps`` where that is given."""
 
     model: str = "base"
-    part: str = "all"  # or "context": the context model alone, as a density model of latents that stay as they are
+    part: str = "all"  # one of PARTS
     schedule_minutes: float = 120.0
     steps: int | None = None
     learning_rate: float = 1e-3
     warm_up_steps: int = 200
-    frozen_part: float = 0.3  # first share of the run: linear analysis, entropy model as density model
+    quantiser: str = "ste"  # one of QUANTISERS
+    frozen_part: float = 0.3  # first share of a run of all parts: linear analysis, entropy model as density model
     exact_part: float = 0.0  # last share, with the integers of the exact path in the loop
     refine_part: float = 0.25  # last share: analysis as it is, the rest trained on latents rounded as the encoder does
     batch: int = 4
@@ -63,21 +79,26 @@ class Trainer:
     Under ``torchrun`` every process trains on its own crops and the gradients are averaged; the first one saves.
     """
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, config: Config | None = None) -> None:
+        """``config``: the configuration, if it is not the present one of that name."""
         self.settings, self.device = settings, device
-        if settings.model not in CONFIGS:
+        if config is None and settings.model not in CONFIGS:
             raise LicError(f"no configuration named {settings.model!r}; there are: {', '.join(CONFIGS)}")
-        if settings.part not in ("all", "context"):
-            raise LicError(f"the part to train must be all or context, not {settings.part!r}")
+        config = config or CONFIGS[settings.model]
+        if settings.part not in PARTS:
+            raise LicError(f"the part to train must be one of {', '.join(PARTS)}, not {settings.part!r}")
+        if settings.part == "nonlocal" and not config.non_local_heads:
+            raise LicError(f"the model {config.name} has no non-local attention modules")
+        if settings.quantiser not in QUANTISERS:
+            raise LicError(f"the quantiser must be one of {', '.join(QUANTISERS)}, not {settings.quantiser!r}")
         if min(settings.batch, settings.late_batch) < 2:
             raise LicError("a batch needs two crops at least: of pictures as they are, and of scaled ones")
         if settings.crop % HYPER_DOWNSAMPLING or settings.late_crop % HYPER_DOWNSAMPLING:
             raise LicError(f"the sides of crops must be multiples of {HYPER_DOWNSAMPLING}")
         torch.manual_seed(settings.seed)
-        self.model = CodecModel(CONFIGS[settings.model]).to(device)
-        if settings.part == "context":
-            self.model.requires_grad_(False)
-            self.model.context.requires_grad_(True)
+        self.model = CodecModel(config).to(device)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(_is_trained(settings.part, name))
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.generator = torch.Generator(device).manual_seed(settings.seed + 1000 * self.rank)
         self.optimizer = torch.optim.AdamW(
@@ -117,7 +138,7 @@ class Trainer:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state.get("version") != STATE_VERSION:
             raise LicError(f"{path}: state version {state.get('version')}, this lic needs {STATE_VERSION}")
-        trainer = cls(Settings(**state["settings"]), device)
+        trainer = cls(Settings(**state["settings"]), device, Config.from_json(state["config"]))
         trainer.model.load_state_dict(state["model"])
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
         trainer.optimizer.load_state_dict(state["optimizer"])
@@ -137,12 +158,17 @@ class Trainer:
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew.
 
-        A context model that is trained alone begins anew if the weights are those of another one.
+        With the part context or nonlocal a context model begins anew if the weights are those of another one, and
+        non-local modules do if the weights have none.
         """
         own = self.model.state_dict()
-        shapes = [{k: v.shape for k, v in d.items() if k.startswith("context.")} for d in (own, weights)]
-        if self.settings.part == "context" and shapes[0] != shapes[1]:
-            weights = {k: own[k] if k.startswith("context.") else weights[k] for k in own}
+        if self.settings.part in ("context", "nonlocal"):
+            shapes = [{k: v.shape for k, v in d.items() if k.startswith("context.")} for d in (own, weights)]
+            fresh = {k: v for k, v in own.items() if ".non_local." in k}
+            if shapes[0] != shapes[1]:
+                weights = {k: v for k, v in weights.items() if not k.startswith("context.")}
+                fresh |= {k: v for k, v in own.items() if k.startswith("context.")}
+            weights = fresh | weights
         self.model.load_state_dict(weights)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
@@ -236,7 +262,9 @@ class Trainer:
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, MSE, 1)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            out = self.model(x, code, frozen_latents=frozen, optimised_rounding=refine)
+            out = self.model(
+                x, code, frozen_latents=frozen, optimised_rounding=refine, quantiser=self.settings.quantiser
+            )
         mse = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
         return _weighted(out.y_bits, out.z_bits, mse, code, x.shape[1] * x.shape[2])
 
@@ -253,7 +281,7 @@ class Trainer:
         late = self.progress() > 0.75
         batch, crop = (s.late_batch, s.late_crop) if late else (s.batch, s.crop)
         refine = self.progress() >= 1 - s.refine_part
-        frozen = refine or self.progress() < s.frozen_part
+        frozen = refine or (s.part == "all" and self.progress() < s.frozen_part)
         for group in self.optimizer.param_groups:
             # The decoder shares these with the analysis: without rate in their gradient they would run away.
             held = frozen and group["name"] in ("shortcut", "log_gain")

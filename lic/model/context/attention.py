@@ -17,13 +17,15 @@ ATTENTION = 511  # limit of queries, keys and values: 10 bits
 class Attention(nn.Module):
     """Queries, keys and values of a residual sum, and the way back."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, inner: int | None = None) -> None:
+        """``inner``: width of queries, keys and values, where it is another than ``width``."""
         super().__init__()
+        inner = inner or width
         self.heads = heads
         self.narrow = Grid(NARROW)
-        self.q, self.k, self.v = (Linear(width, width) for _ in range(3))
+        self.q, self.k, self.v = (Linear(width, inner) for _ in range(3))
         self.q_grid, self.k_grid, self.v_grid = (Grid(ATTENTION) for _ in range(3))
-        self.out = near_zero(Linear(width, width))
+        self.out = near_zero(Linear(inner, width))
 
     def project(self, x: Fixed) -> tuple[Fixed, Fixed, Fixed]:
         x = self.narrow(x)
