@@ -26,6 +26,7 @@ from lic.container import DEFAULT_MAX_PIXELS
 from lic.errors import LicError, UsageError
 from lic.options import Command, device_options, option, set_up_logging, verbosity_options
 from lic.outcome import Outcome, Report, failure_of, log, shows_progress
+from lic.part import Preview, Region, parse_preview, parse_region
 from lic.quality import DEFAULT_QUALITY, code_of
 from lic.rate import Target, parse_size
 
@@ -145,6 +146,18 @@ def _check_quality(ctx: click.Context, param: click.Parameter, value: float | No
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
     return value
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """A callback that makes of an option's text what ``parse`` does, if it is given."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except UsageError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return callback
 
 
 def _target(quality: float | None, size: str | None, bpp: float | None, psnr: float | None) -> Target | None:
@@ -360,6 +373,8 @@ def encode(
 Examples:
   lic decode photo.lic photo.png
   lic decode photo.lic - --format ppm | display -
+  lic decode --region 512,256,300,200 photo.lic detail.png
+  lic decode --preview auto half-loaded.lic preview.png
   lic decode coded/ --output-dir back -r --format webp
   lic encode - - < photo.png | lic decode - - > back.png
 
@@ -380,6 +395,20 @@ A damaged file gives exit code 3, one that needs a newer version or another mode
     type=click.Choice(("8", "16")),
     help="Per sample of the output; default: 16 if the source had more than 8 and the format is png, ppm or tiff.",
 )
+@option(
+    "Coding",
+    "--region",
+    callback=_parsed(parse_region),
+    metavar="X,Y,W,H",
+    help="Only these pixels of the upright picture, decoded from the tiles that they need.",
+)
+@option(
+    "Coding",
+    "--preview",
+    callback=_parsed(parse_preview),
+    metavar="N|auto",
+    help="Only the first N groups of 'lic info'; auto: those that a truncated or damaged file holds as a whole.",
+)
 @device_options
 @_max_pixels
 @_file_options
@@ -388,6 +417,8 @@ def decode(
     paths: tuple[str, ...],
     format: str | None,
     bits: str | None,
+    region: Region | None,
+    preview: Preview | None,
     device: str,
     threads: int | None,
     max_pixels: int,
@@ -419,7 +450,15 @@ def decode(
         raise click.UsageError(f"{chosen} holds 8 bits per sample: --bits 16 goes with {', '.join(_FORMATS_16)}")
     from lic.work import Decode
 
-    operation = Decode(format=chosen, bits=depth, max_pixels=max_pixels, device=device, threads=threads)
+    operation = Decode(
+        format=chosen,
+        bits=depth,
+        region=region,
+        preview=preview,
+        max_pixels=max_pixels,
+        device=device,
+        threads=threads,
+    )
     return _run_jobs(operation, jobs, run)
 
 
