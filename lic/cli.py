@@ -37,6 +37,7 @@ INTERRUPTED = 130  # exit code
 
 _FORMATS = ("png", "ppm", "webp", "tiff", "jpeg", "bmp")  # lic.images.FORMATS, which imports numpy and Pillow
 _FORMATS_16 = ("png", "ppm", "tiff")  # of them, those with 16 bits per sample
+_COMPARISON = "compare.html"
 
 # name: (module, attribute, help). Imported when called, since they import torch.
 _LAZY_COMMANDS = {
@@ -510,6 +511,69 @@ def verify(names: tuple[str, ...], as_json: bool, device: str, threads: int | No
 
     with stdio.claimed_stdout() as stdout:
         return _for_each(names, work)
+
+
+@cli.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  lic compare photo.png photo.lic
+  lic compare photo.png q20.lic q40.lic q60.lic --output qualities.html
+""",
+)
+@click.argument("names", nargs=-1, required=True, type=click.Path(), metavar="A B...")
+@option(
+    "Files",
+    "-o",
+    "--output",
+    default=_COMPARISON,
+    show_default=True,
+    type=click.Path(),
+    metavar="FILE.html",
+    help="'-' is standard output.",
+)
+@option("Files", "--no-clobber", is_flag=True, help="Do nothing if the output exists.")
+@device_options
+@_max_pixels
+@verbosity_options
+def compare(
+    names: tuple[str, ...], output: str, no_clobber: bool, device: str, threads: int | None, max_pixels: int
+) -> int:
+    """Show pictures and .lic files of one size over each other, in one HTML file for a browser.
+
+    With size in bytes, bits per pixel, and PSNR to the first (8 bits, without transparency).
+    """
+    if len(names) < 2:
+        raise click.UsageError("give at least two pictures or .lic files")
+    output = STDIO if output in stdio.OUTPUT_NAMES else output
+    if output == STDIO:
+        stdio.check_stdout()
+    elif not output.lower().endswith((".html", ".htm")):
+        raise click.UsageError(f"the output must end in .html or be '-', not {output!r}")
+    elif no_clobber and files.exists(output):
+        log.info("%s exists, left as it is", output)
+        return 0
+    else:
+        _check_target(output)
+    from lic import compare as viewer
+    from lic.api import Codec
+
+    codec = Codec(device=device, threads=threads)
+    with stdio.claimed_stdout() as stdout:
+        entries = []
+        for name in names:
+            try:
+                entries.append(viewer.entry_of(codec, name, files.read(name), max_pixels=max_pixels))
+            except Exception as error:
+                return _report(name, error)
+        data = viewer.page(entries)
+        if output == STDIO:
+            stdio.write_all(stdout, data)
+        else:
+            files.write(output, data)
+            if log.isEnabledFor(logging.WARNING):
+                click.echo(f"wrote {output}", err=True)  # a name that the user may not have given
+    return 0
 
 
 @cli.command()
