@@ -14,14 +14,16 @@ from PIL import Image
 from lic import container, images
 from lic.container import DEFAULT_MAX_PIXELS
 from lic.device import check_device, select_device
-from lic.errors import LicError, UnsupportedError, UsageError
+from lic.errors import CorruptError, LicError, UnsupportedError, UsageError
 from lic.images import Picture, psnr, samples_at_bits
+from lic.part import Preview, preview_of, region_of
 from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, code_of, quality_of
 from lic.rate import Target, search
 
 if TYPE_CHECKING:
     from lic.inspection import Info
     from lic.model.store import LoadedModel, ModelInfo
+    from lic.pipeline import Decoded
 
 Progress = Callable[[int, int], None]
 AnyPicture: TypeAlias = Image.Image | np.ndarray | Picture
@@ -57,14 +59,16 @@ class EncodeResult:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """One decoded picture, with its transparency and metadata; ``seconds`` is without loading the model.
+    """One decoded picture or region, with its transparency and metadata; ``seconds`` is without loading the model.
 
-    ``symbols_sha256`` is the hash of the decoded integers, the same on every machine.
+    ``symbols_sha256`` is the hash of the decoded integers, the same on every machine; None where not all of them
+    were decoded, or where a preview shows wrong ones. ``notes``: in words, what a preview lacks.
     """
 
     picture: Picture
-    symbols_sha256: str
+    symbols_sha256: str | None
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def rgb(self) -> np.ndarray:
@@ -142,32 +146,67 @@ class Codec:
         return [self.encode_result(one, quality, **options).data for one in image]
 
     @overload
-    def decode(self, data: bytes, *, max_pixels: int = ...) -> Image.Image: ...
-    @overload
-    def decode(self, data: Sequence[bytes], *, max_pixels: int = ...) -> list[Image.Image]: ...
     def decode(
-        self, data: bytes | Sequence[bytes], *, max_pixels: int = DEFAULT_MAX_PIXELS
+        self,
+        data: bytes,
+        *,
+        region: Sequence[int] | None = ...,
+        preview: Preview | None = ...,
+        max_pixels: int = ...,
+    ) -> Image.Image: ...
+    @overload
+    def decode(
+        self,
+        data: Sequence[bytes],
+        *,
+        region: Sequence[int] | None = ...,
+        preview: Preview | None = ...,
+        max_pixels: int = ...,
+    ) -> list[Image.Image]: ...
+    def decode(
+        self,
+        data: bytes | Sequence[bytes],
+        *,
+        region: Sequence[int] | None = None,
+        preview: Preview | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> Image.Image | list[Image.Image]:
         """The picture of a ``.lic`` file; of a sequence of files, a list.
 
         Its mode is L, LA, RGB or RGBA, or I;16 for gray from a source of more than 8 bits; ``info`` holds the
         metadata as for Pillow's own formats. Pillow has no other 16-bit modes: see :meth:`decode_array`.
+
+        ``region`` (x, y, width, height): only these pixels, decoded from the tiles that they need and equal to those of
+        the whole picture. ``preview``: only so many groups; "auto": those that a truncated or damaged file holds as a
+        whole. :meth:`decode_result` says what a preview lacks.
+
         Raises CorruptError when ``data`` is no such file or a damaged one, UnsupportedError when it needs a
-        newer version or a model that is not installed, or has more than ``max_pixels``.
+        newer version or a model that is not installed, or has more than ``max_pixels``; UsageError for a region or
+        preview that makes no sense, LicError for a region that is not inside the picture.
         """
         if not isinstance(data, bytes | bytearray | memoryview | str):
-            return [self.decode(one, max_pixels=max_pixels) for one in data]
+            return [self.decode(one, region=region, preview=preview, max_pixels=max_pixels) for one in data]
         data = _checked(data)
-        header = container.parse_header(data).header
-        result = self.decode_result(data, bits=None if header.gray else 8, max_pixels=max_pixels)
+        bits = None if container.parse_header(data).header.gray else 8
+        result = self.decode_result(data, bits=bits, region=region, preview=preview, max_pixels=max_pixels)
         return result.picture.to_image()
 
-    def decode_array(self, data: bytes, *, bits: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+    def decode_array(
+        self,
+        data: bytes,
+        *,
+        bits: int | None = None,
+        region: Sequence[int] | None = None,
+        preview: Preview | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> np.ndarray:
         """The samples of a ``.lic`` file: uint8 or uint16, (H, W), or (H, W, 2..4) as for :meth:`encode`.
 
-        ``bits`` is 8 or 16; None: 16 if the source had more than 8. Raises what :meth:`decode` raises.
+        ``bits`` is 8 or 16; None: 16 if the source had more than 8. ``region`` and ``preview`` as for :meth:`decode`,
+        which raises the same.
         """
-        return self.decode_result(data, bits=bits, max_pixels=max_pixels).picture.to_array()
+        result = self.decode_result(data, bits=bits, region=region, preview=preview, max_pixels=max_pixels)
+        return result.picture.to_array()
 
     def encode_result(
         self,
@@ -242,6 +281,8 @@ class Codec:
         data: bytes,
         *,
         bits: int | None = None,
+        region: Sequence[int] | None = None,
+        preview: Preview | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         progress: Progress | None = None,
     ) -> DecodeResult:
@@ -251,14 +292,19 @@ class Codec:
         """
         if bits not in (None, 8, 16):
             raise UsageError(f"bits must be 8 or 16, not {bits}")
-        parsed = container.parse(_checked(data), max_pixels=max_pixels)
-        header = parsed.header
+        area = None if region is None else region_of(region)
+        if preview is None:
+            file = container.Leading(container.parse(_checked(data), max_pixels=max_pixels), (), None)
+        else:
+            preview = preview_of(preview)
+            file = container.parse_leading(_checked(data), max_pixels=max_pixels)
+            if file.problem is None and (preview == "auto" or preview >= file.container.header.streams - 1):
+                preview = None
+        header = file.container.header
         bits = bits or (16 if header.deep else 8)
-        metadata = container.metadata_of(parsed.sections)
-        alpha = None
-        for section in parsed.sections:
-            if section.kind == container.ALPHA:
-                alpha = samples_at_bits(images.alpha_of(section, header.width, header.height), bits)
+        if area is not None:
+            area.check_inside(header.width, header.height)
+        alpha, metadata, lost = _beside_colour(file)
         key = (header.entropy_id, header.synthesis_id)
         model = self._loaded.get(key)
         if model is None:
@@ -268,9 +314,12 @@ class Codec:
         from lic import pipeline
 
         start = time.perf_counter()
-        decoded = pipeline.decode_rgb(model, parsed, bits=bits, progress=progress)
+        decoded = pipeline.decode_rgb(model, file.container, bits=bits, region=area, preview=preview, progress=progress)
+        if alpha is not None:
+            alpha = samples_at_bits(alpha if area is None else area.of(alpha), bits)
+        notes = () if preview is None else _preview_notes(decoded, file, lost)
         picture = Picture(decoded.rgb, alpha, metadata, header.reduced)
-        return DecodeResult(picture, decoded.symbols_sha256, time.perf_counter() - start)
+        return DecodeResult(picture, decoded.symbols_sha256, time.perf_counter() - start, notes)
 
     def load_encoder(self) -> LoadedModel:
         """Load the model that encodes, once.
@@ -325,9 +374,16 @@ def encode(
     return codec.encode(image, quality, target=target, effort=effort, effort_seconds=effort_seconds, strip=strip)
 
 
-def decode(data: bytes, *, device: str = "auto", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def decode(
+    data: bytes,
+    *,
+    region: Sequence[int] | None = None,
+    preview: Preview | None = None,
+    device: str = "auto",
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> Image.Image:
     """One ``.lic`` file to one picture: see :meth:`Codec.decode`."""
-    return Codec(device=device).decode(data, max_pixels=max_pixels)
+    return Codec(device=device).decode(data, region=region, preview=preview, max_pixels=max_pixels)
 
 
 def info(data: bytes) -> Info:
@@ -342,3 +398,45 @@ def _checked(data: Any) -> bytes:
     if not isinstance(data, bytes | bytearray | memoryview):
         raise UsageError(f"the data of a .lic file is bytes, not {type(data).__name__}")
     return bytes(data)
+
+
+def _beside_colour(file: container.Leading) -> tuple[np.ndarray | None, container.Metadata, list[str]]:
+    """Transparency and metadata, and which of them a truncated or damaged file has lost.
+
+    Raises CorruptError or UnsupportedError where a file that is whole holds some that cannot be read.
+    """
+    header, sections = file.container.header, file.container.sections
+    lost = ["transparency"] if container.ALPHA in file.missing else []
+    lost += [kind.upper() for kind in container.metadata_kinds(file.missing)]
+    alpha, metadata = None, container.Metadata()
+    try:
+        for section in sections:
+            if section.kind == container.ALPHA:
+                alpha = images.alpha_of(section, header.width, header.height)
+    except (CorruptError, UnsupportedError):
+        if file.problem is None:
+            raise
+        lost.append("transparency")
+    try:
+        metadata = container.metadata_of(sections)
+    except CorruptError:
+        if file.problem is None:
+            raise
+        lost.append("metadata")
+    return alpha, metadata, lost
+
+
+def _preview_notes(decoded: Decoded, file: container.Leading, lost: Sequence[str]) -> tuple[str, ...]:
+    """In words, what a preview shows and what it lacks."""
+    shown = sorted(set(decoded.groups) - {0})
+    several = f"{shown[0]} to {shown[-1]}" if len(shown) > 1 else f"{shown[0]}"
+    notes = [f"preview of {several} of {file.container.header.streams - 1} groups"]
+    if file.problem is not None:
+        notes.append(file.problem)
+    if missing := decoded.groups.count(0):
+        notes.append(f"{missing} of {len(decoded.groups)} tiles are missing, and gray")
+    if decoded.all_symbols and decoded.symbols_sha256 is None:
+        notes.append("the symbols fail their checksum: part of the picture is wrong")
+    if lost:
+        notes.append(f"without its {', '.join(lost)}")
+    return tuple(notes)

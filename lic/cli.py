@@ -26,6 +26,7 @@ from lic.container import DEFAULT_MAX_PIXELS
 from lic.errors import LicError, UsageError
 from lic.options import Command, device_options, option, set_up_logging, verbosity_options
 from lic.outcome import Outcome, Report, failure_of, log, shows_progress
+from lic.part import Preview, Region, parse_preview, parse_region
 from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, code_of
 from lic.rate import Target, parse_size
 
@@ -36,6 +37,7 @@ INTERRUPTED = 130  # exit code
 
 _FORMATS = ("png", "ppm", "webp", "tiff", "jpeg", "bmp")  # lic.images.FORMATS, which imports numpy and Pillow
 _FORMATS_16 = ("png", "ppm", "tiff")  # of them, those with 16 bits per sample
+_COMPARISON = "compare.html"
 
 # name: (module, attribute, help). Imported when called, since they import torch.
 _LAZY_COMMANDS = {
@@ -145,6 +147,18 @@ def _check_quality(ctx: click.Context, param: click.Parameter, value: float | No
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
     return value
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """A callback that makes of an option's text what ``parse`` does, if it is given."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except UsageError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return callback
 
 
 def _target(quality: float | None, size: str | None, bpp: float | None, psnr: float | None) -> Target | None:
@@ -380,6 +394,8 @@ def encode(
 Examples:
   lic decode photo.lic photo.png
   lic decode photo.lic - --format ppm | display -
+  lic decode --region 512,256,300,200 photo.lic detail.png
+  lic decode --preview auto half-loaded.lic preview.png
   lic decode coded/ --output-dir back -r --format webp
   lic encode - - < photo.png | lic decode - - > back.png
 
@@ -400,6 +416,20 @@ A damaged file gives exit code 3, one that needs a newer version or another mode
     type=click.Choice(("8", "16")),
     help="Per sample of the output; default: 16 if the source had more than 8 and the format is png, ppm or tiff.",
 )
+@option(
+    "Coding",
+    "--region",
+    callback=_parsed(parse_region),
+    metavar="X,Y,W,H",
+    help="Only these pixels of the upright picture, decoded from the tiles that they need.",
+)
+@option(
+    "Coding",
+    "--preview",
+    callback=_parsed(parse_preview),
+    metavar="N|auto",
+    help="Only the first N groups of 'lic info'; auto: those that a truncated or damaged file holds as a whole.",
+)
 @device_options
 @_max_pixels
 @_file_options
@@ -408,6 +438,8 @@ def decode(
     paths: tuple[str, ...],
     format: str | None,
     bits: str | None,
+    region: Region | None,
+    preview: Preview | None,
     device: str,
     threads: int | None,
     max_pixels: int,
@@ -439,7 +471,15 @@ def decode(
         raise click.UsageError(f"{chosen} holds 8 bits per sample: --bits 16 goes with {', '.join(_FORMATS_16)}")
     from lic.work import Decode
 
-    operation = Decode(format=chosen, bits=depth, max_pixels=max_pixels, device=device, threads=threads)
+    operation = Decode(
+        format=chosen,
+        bits=depth,
+        region=region,
+        preview=preview,
+        max_pixels=max_pixels,
+        device=device,
+        threads=threads,
+    )
     return _run_jobs(operation, jobs, run)
 
 
@@ -491,6 +531,69 @@ def verify(names: tuple[str, ...], as_json: bool, device: str, threads: int | No
 
     with stdio.claimed_stdout() as stdout:
         return _for_each(names, work)
+
+
+@cli.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  lic compare photo.png photo.lic
+  lic compare photo.png q20.lic q40.lic q60.lic --output qualities.html
+""",
+)
+@click.argument("names", nargs=-1, required=True, type=click.Path(), metavar="A B...")
+@option(
+    "Files",
+    "-o",
+    "--output",
+    default=_COMPARISON,
+    show_default=True,
+    type=click.Path(),
+    metavar="FILE.html",
+    help="'-' is standard output.",
+)
+@option("Files", "--no-clobber", is_flag=True, help="Do nothing if the output exists.")
+@device_options
+@_max_pixels
+@verbosity_options
+def compare(
+    names: tuple[str, ...], output: str, no_clobber: bool, device: str, threads: int | None, max_pixels: int
+) -> int:
+    """Show pictures and .lic files of one size over each other, in one HTML file for a browser.
+
+    With size in bytes, bits per pixel, and PSNR to the first (8 bits, without transparency).
+    """
+    if len(names) < 2:
+        raise click.UsageError("give at least two pictures or .lic files")
+    output = STDIO if output in stdio.OUTPUT_NAMES else output
+    if output == STDIO:
+        stdio.check_stdout()
+    elif not output.lower().endswith((".html", ".htm")):
+        raise click.UsageError(f"the output must end in .html or be '-', not {output!r}")
+    elif no_clobber and files.exists(output):
+        log.info("%s exists, left as it is", output)
+        return 0
+    else:
+        _check_target(output)
+    from lic import compare as viewer
+    from lic.api import Codec
+
+    codec = Codec(device=device, threads=threads)
+    with stdio.claimed_stdout() as stdout:
+        entries = []
+        for name in names:
+            try:
+                entries.append(viewer.entry_of(codec, name, files.read(name), max_pixels=max_pixels))
+            except Exception as error:
+                return _report(name, error)
+        data = viewer.page(entries)
+        if output == STDIO:
+            stdio.write_all(stdout, data)
+        else:
+            files.write(output, data)
+            if log.isEnabledFor(logging.WARNING):
+                click.echo(f"wrote {output}", err=True)  # a name that the user may not have given
+    return 0
 
 
 @cli.command()

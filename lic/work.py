@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lic import files, stdio
 from lic.batch import STDIO, Job
+from lic.part import Preview, Region
+from lic.quality import quality_of
 from lic.rate import Target
 
 if TYPE_CHECKING:
@@ -82,6 +84,8 @@ class Decode:
 
     format: str
     bits: int | None  # None: 16 if the source had more than 8 and the format holds them
+    region: Region | None
+    preview: Preview | None
     max_pixels: int
     device: str
     threads: int | None
@@ -99,21 +103,23 @@ class Decode:
         from lic.images import FORMATS_16
 
         bits = self.bits if self.format in FORMATS_16 else 8
-        return codec.decode_result(data, bits=bits, max_pixels=self.max_pixels, progress=progress)
+        return codec.decode_result(
+            data, bits=bits, region=self.region, preview=self.preview, max_pixels=self.max_pixels, progress=progress
+        )
 
     def save(self, data: bytes, result: DecodeResult) -> tuple[bytes, dict[str, Any]]:
+        from lic.container import parse_header
         from lic.images import left_out, picture_bytes
-        from lic.inspection import info_of
 
-        info = info_of(data)
-        lost = left_out(result.picture, self.format)
-        return picture_bytes(result.picture, self.format), {
-            "width": info.width,
-            "height": info.height,
-            "notes": [f"{self.format} cannot hold: {', '.join(lost)}"] if lost else [],
-            "bpp": round(info.bpp, 4),
-            "quality": round(info.quality, 4),
-            "model": info.model,
+        header, picture = parse_header(data).header, result.picture
+        lost = left_out(picture, self.format)
+        return picture_bytes(picture, self.format), {
+            "width": picture.width,
+            "height": picture.height,
+            "notes": [*result.notes, *([f"{self.format} cannot hold: {', '.join(lost)}"] if lost else [])],
+            "bpp": round(8 * len(data) / (header.width * header.height), 4),
+            "quality": round(quality_of(header.quality), 4),
+            "model": header.model,
             "seconds": round(result.seconds, 3),
             "symbols_sha256": result.symbols_sha256,
         }

@@ -10,6 +10,7 @@ from lic.container.format import (
     Container,
     Header,
     Index,
+    Leading,
     Part,
     Reduced,
     Section,
@@ -17,6 +18,7 @@ from lic.container.format import (
     pack,
     parse,
     parse_header,
+    parse_leading,
     tile_boxes,
 )
 from lic.container.metadata import METADATA_LIMIT, Metadata, metadata_kinds, metadata_of, metadata_sections
@@ -32,6 +34,7 @@ __all__ = [
     "Container",
     "Header",
     "Index",
+    "Leading",
     "Metadata",
     "Part",
     "Reduced",
@@ -43,5 +46,6 @@ __all__ = [
     "pack",
     "parse",
     "parse_header",
+    "parse_leading",
     "tile_boxes",
 ]

@@ -108,6 +108,19 @@ class Index:
         return len(self.lengths) // self.header.streams
 
 
+@dataclass(frozen=True)
+class Leading:
+    """What is there of a file that may be truncated or damaged.
+
+    ``container``: with the leading streams of each tile that are there as a whole, and the sections that are;
+    ``missing``: the kinds of the other sections; ``problem``: what is wrong with the file, in words, or None.
+    """
+
+    container: Container
+    missing: tuple[str, ...]
+    problem: str | None
+
+
 class Part(NamedTuple):
     """A named range of bytes of a file."""
 
@@ -189,31 +202,62 @@ def parse(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Contai
     a picture over ``max_pixels``, both with their sides rounded up to multiples of ``TILE_UNIT``.
     """
     index = parse_header(data)
+    if problem := _problem(data, index):
+        raise CorruptError(problem)
+    _check_supported(index, max_pixels)
+    return _contents(data, index)
+
+
+def parse_leading(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Leading:
+    """Read what is there of a file, for a preview. What is there may be damaged.
+
+    Raises what :func:`parse_header` raises, UnsupportedError as :func:`parse`, and CorruptError if the file ends before
+    the first group of a tile does.
+    """
+    index = parse_header(data)
+    _check_supported(index, max_pixels)
+    container, problem = _contents(data, index), _problem(data, index)
+    if all(len(streams) < 2 for streams in container.tiles):
+        raise CorruptError(f"{problem}, and no group is whole")
+    missing = tuple(kind for kind, _ in index.sections[len(container.sections) :])
+    return Leading(container, missing, problem)
+
+
+def _problem(data: bytes, index: Index) -> str | None:
+    """What is wrong with the file as a whole, in words, or None."""
     if len(data) < index.file_size:
-        raise CorruptError(f"truncated: {len(data)} of {index.file_size} bytes")
+        return f"truncated: {len(data)} of {index.file_size} bytes"
     end = index.file_size - _CRC.size
     if zlib.crc32(memoryview(data)[:end]) != _CRC.unpack_from(data, end)[0]:
-        raise CorruptError("damaged: the checksum does not match")
+        return "damaged: the checksum does not match"
     if len(data) > index.file_size:
-        raise CorruptError(f"{len(data) - index.file_size} bytes of other data after the end of the file")
-    header = index.header
-    problem = _unsupported(header, (kind for kind, _ in index.sections))
+        return f"{len(data) - index.file_size} bytes of other data after the end of the file"
+    return None
+
+
+def _check_supported(index: Index, max_pixels: int | None) -> None:
+    problem = _unsupported(index.header, (kind for kind, _ in index.sections))
     if problem:
         raise UnsupportedError(f"{problem}: upgrade lic")
-    problem = _too_large(header, max_pixels)
+    problem = _too_large(index.header, max_pixels)
     if problem:
         raise UnsupportedError(problem)
 
+
+def _contents(data: bytes, index: Index) -> Container:
+    """The streams and sections that lie inside ``data``: in file order the first ones, since nothing lies between."""
     position = index.payload
     chunks = []
     for length in [*index.lengths, *(length for _, length in index.sections)]:
+        if position + length > len(data):
+            break
         chunks.append(data[position : position + length])
         position += length
     streams, sections = chunks[: len(index.lengths)], chunks[len(index.lengths) :]
     return Container(
-        header,
+        index.header,
         tuple(tuple(streams[tile :: index.tiles]) for tile in range(index.tiles)),
-        tuple(Section(kind, content) for (kind, _), content in zip(index.sections, sections, strict=True)),
+        tuple(Section(kind, content) for (kind, _), content in zip(index.sections, sections, strict=False)),
     )
 
 

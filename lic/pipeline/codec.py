@@ -19,9 +19,10 @@ from lic.images import mse
 from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.store import LoadedModel
+from lic.part import Preview, Region
 from lic.pipeline import windows
 from lic.pipeline.optimise import EFFORTS, Box, optimise, quarter
-from lic.pipeline.tile import Latents, Reader, Writer, code_tiles
+from lic.pipeline.tile import CodedTiles, Latents, LeadingReader, Reader, Writer, code_tiles
 from lic.quality import lambda_of
 
 TILE = 1024  # side of the tiles of an image with more pixels than LARGEST_TILE, counted with its padding
@@ -42,8 +43,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Decoded:
-    rgb: np.ndarray  # uint8 or uint16, (H, W, 3), or (H, W, 1) if gray
-    symbols_sha256: str
+    """A decoded picture or region. ``rgb``: uint8 or uint16, (H, W, 3), or (H, W, 1) if gray.
+
+    ``symbols_sha256``: None unless all symbols were decoded and are those that were coded; ``all_symbols``: whether
+    all were decoded. ``groups``: how many of each tile that was needed; 0 where a tile is missing, and gray.
+    """
+
+    rgb: np.ndarray
+    symbols_sha256: str | None
+    all_symbols: bool
+    groups: tuple[int, ...]
 
 
 class SymbolChecks:
@@ -175,35 +184,113 @@ def _coded(
 
 
 @torch.no_grad()
-def decode_rgb(model: LoadedModel, container: Container, *, bits: int = 8, progress: Progress | None = None) -> Decoded:
+def decode_rgb(
+    model: LoadedModel,
+    container: Container,
+    *,
+    bits: int = 8,
+    region: Region | None = None,
+    preview: Preview | None = None,
+    progress: Progress | None = None,
+) -> Decoded:
     """Decode a container made with this model to 8 or 16 bits per sample.
 
-    Raises CorruptError if the symbols are not those that were coded.
+    ``region``: only these pixels, which must be inside the picture: the same as those of the whole picture, from the
+    tiles and windows that they need. ``preview``: only so many groups, of a container whose tiles may lack streams
+    at the end; "auto" takes of each tile what decodes. Latents that are not decoded become what is predicted of them.
+
+    Raises CorruptError if the symbols are not those that were coded; for a region only where a stream does not decode.
+    A preview raises it if a tile has fewer groups than asked for, and with "auto" if no tile has any.
     """
     header, net = container.header, model.net
     if (header.entropy_id, header.synthesis_id) != (model.info.entropy_id, model.info.synthesis_id):
         raise UnsupportedError(f"made with other weights: {header.model} {header.entropy_id.hex()}")
     code = torch.tensor([float(header.quality)], device=model.device)
-    boxes = list(latent_boxes(header.width, header.height, header.tile))
     full = _geometry(header.width, header.height)
     if header.streams != 1 + net.context.schedule.stream_of(net.context.schedule.steps(full) - 1) + 1:
         raise CorruptError(f"damaged: {header.streams} streams do not fit the model {header.model}")
-    dequantised = torch.empty(1, full.height, full.width, net.config.latent, device=model.device)
-    checks = SymbolChecks()
-    for done, ((geometry, rows, columns), streams) in enumerate(zip(boxes, container.tiles, strict=True)):
-        coded = code_tiles(model, geometry, [header.quality], [Reader(streams)], None)
-        checks.add(coded.latents)
-        dequantised[:, rows, columns] = coded.dequantised
+    region = region or Region(0, 0, header.width, header.height)
+    area = _latents_of(region)
+    given = windows.input_of(net, area, full)
+    needed = given if net.config.non_local_heads else area.grown(windows.HALO, full)
+    tiles = []
+    for (geometry, rows, columns), streams in zip(
+        latent_boxes(header.width, header.height, header.tile), container.tiles, strict=True
+    ):
+        box = windows.Area(rows.start, columns.start, rows.stop, columns.stop)
+        if box.overlap(needed):
+            tiles.append((geometry, box, streams))
+    size = (given.bottom - given.top, given.right - given.left)
+    dequantised = torch.zeros(1, *size, net.config.latent, device=model.device)
+    checks, groups = SymbolChecks(), []
+    for done, (geometry, box, streams) in enumerate(tiles):
+        coded, count = _read_tile(model, geometry, header, streams, preview)
+        groups.append(count)
+        if coded is not None:
+            checks.add(coded.latents)
+            part = box.overlap(given)
+            assert part is not None  # what is needed is part of what is given
+            part.of(dequantised, given).copy_(part.of(coded.dequantised, box))
         if progress:
-            progress(done + 1, len(boxes))
-    if checks.crc != header.symbols_crc:
+            progress(done + 1, len(tiles))
+    all_symbols = len(tiles) == len(container.tiles) and min(groups) == header.streams - 1
+    sound = all_symbols and checks.crc == header.symbols_crc
+    if all_symbols and not sound and preview is None:
         raise CorruptError("the decoded symbols fail their checksum: damaged, or this machine computes differently")
-    return Decoded(_pixels(model, dequantised, code, header, bits), checks.hexdigest())
+    if not any(groups):
+        raise CorruptError("no group is whole: there is nothing to show")
+    pixels = _pixels(model, dequantised, code, header, bits, region)
+    for (_, box, _), count in zip(tiles, groups, strict=True):
+        if not count:
+            gray = 2 ** (bits - 1)
+            pixels[_pixels_of(box.top, box.bottom, region.y), _pixels_of(box.left, box.right, region.x)] = gray
+    return Decoded(pixels, checks.hexdigest() if sound else None, all_symbols, tuple(groups))
 
 
-def _pixels(model: LoadedModel, dequantised: Tensor, code: Tensor, header: Header, bits: int) -> np.ndarray:
-    pixels = windows.synthesis(model.net, dequantised, code, gray=header.gray, bits=bits)
-    return pixels[0, : header.height, : header.width].cpu().numpy()
+def _read_tile(
+    model: LoadedModel, geometry: Geometry, header: Header, streams: tuple[bytes, ...], preview: Preview | None
+) -> tuple[CodedTiles | None, int]:
+    """A tile and how many groups of it are decoded; None and 0 if that is none."""
+    if preview is None:
+        return code_tiles(model, geometry, [header.quality], [Reader(streams)], None), len(streams) - 1
+    if preview != "auto":
+        wanted = min(preview, header.streams - 1)
+        if len(streams) <= wanted:
+            whole = max(0, len(streams) - 1)
+            raise CorruptError(f"truncated: {whole} of {wanted} groups are whole; --preview auto takes what there is")
+        streams = streams[: 1 + wanted]
+    while len(streams) > 1:
+        reader = LeadingReader(streams)
+        try:
+            return code_tiles(model, geometry, [header.quality], [reader], None), len(streams) - 1
+        except CorruptError:
+            if preview != "auto":
+                raise
+            streams = streams[: reader.stream]
+    return None, 0
+
+
+def _pixels(
+    model: LoadedModel, dequantised: Tensor, code: Tensor, header: Header, bits: int, region: Region | None = None
+) -> np.ndarray:
+    """The pixels of a region, or of the whole picture, from the latents that its windows are given."""
+    region = region or Region(0, 0, header.width, header.height)
+    area, grid = _latents_of(region), _geometry(header.width, header.height)
+    pixels = windows.synthesis(model.net, dequantised, code, gray=header.gray, bits=bits, grid=grid, area=area)
+    top, left = region.y - area.top * DOWNSAMPLING, region.x - area.left * DOWNSAMPLING
+    return pixels[0, top : top + region.height, left : left + region.width].cpu().numpy()
+
+
+def _latents_of(region: Region) -> windows.Area:
+    """The positions of the latent grid whose pixels are in a region."""
+    n = DOWNSAMPLING
+    bottom, right = region.y + region.height, region.x + region.width
+    return windows.Area(region.y // n, region.x // n, -(-bottom // n), -(-right // n))
+
+
+def _pixels_of(start: int, end: int, origin: int) -> slice:
+    """The pixels of latents start..end - 1 along one axis of a region that begins at pixel ``origin``."""
+    return slice(max(0, start * DOWNSAMPLING - origin), max(0, end * DOWNSAMPLING - origin))
 
 
 def _geometry(width: int, height: int) -> Geometry:

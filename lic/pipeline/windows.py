@@ -8,6 +8,7 @@ and end at multiples of their blocks or at the border of the image, so that no b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,58 @@ WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of 
 HALO = 8  # in latent positions; the transforms of `base` reach 6 (docs/architecture.md)
 
 
-def _windows(net: CodecModel, size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(start, end, start with halo, end with halo) along one axis, in latent positions."""
-    halo = BLOCK if net.config.non_local_heads else HALO
-    for start in range(0, size, WINDOW):
+class Area(NamedTuple):
+    """A rectangle of the latent grid; ``bottom`` and ``right`` are exclusive."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    def grown(self, by: int, grid: Geometry) -> Area:
+        """With so many more positions at each side, as far as the grid goes."""
+        return Area(
+            max(0, self.top - by),
+            max(0, self.left - by),
+            min(grid.height, self.bottom + by),
+            min(grid.width, self.right + by),
+        )
+
+    def overlap(self, other: Area) -> Area | None:
+        """What the two have in common."""
+        common = Area(*map(max, self[:2], other[:2]), *map(min, self[2:], other[2:]))
+        return common if common.top < common.bottom and common.left < common.right else None
+
+    def of(self, y: Tensor, origin: Area) -> Tensor:
+        """This area of latents (1, h, w, M) that begin where ``origin`` begins; a view."""
+        rows = slice(self.top - origin.top, self.bottom - origin.top)
+        return y[:, rows, self.left - origin.left : self.right - origin.left]
+
+
+def halo_of(net: CodecModel) -> int:
+    """How many latents around a window go with it, at each side."""
+    return BLOCK if net.config.non_local_heads else HALO
+
+
+def input_of(net: CodecModel, area: Area, grid: Geometry) -> Area:
+    """The latents that the windows over ``area`` are given."""
+    top, left = (start // WINDOW * WINDOW for start in area[:2])
+    bottom, right = (-(-end // WINDOW) * WINDOW for end in area[2:])
+    return Area(top, left, min(bottom, grid.height), min(right, grid.width)).grown(halo_of(net), grid)
+
+
+def _windows(
+    net: CodecModel, size: int, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, int, int, int]]:
+    """(start, end, start with halo, end with halo) along one axis, in latent positions.
+
+    Only windows over first..last - 1, their start and end cut to that.
+    """
+    last = size if last is None else last
+    halo = halo_of(net)
+    for start in range(first // WINDOW * WINDOW, last, WINDOW):
         end = min(start + WINDOW, size)
-        yield start, end, max(0, start - halo), min(size, end + halo)
+        yield max(start, first), min(end, last), max(0, start - halo), min(size, end + halo)
 
 
 def analysis(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor) -> Tensor:
@@ -49,23 +96,41 @@ def analysis(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor) 
     return y
 
 
-def synthesis(net: CodecModel, y: Tensor, code: Tensor, *, gray: bool = False, bits: int = 8) -> Tensor:
+def synthesis(
+    net: CodecModel,
+    y: Tensor,
+    code: Tensor,
+    *,
+    gray: bool = False,
+    bits: int = 8,
+    grid: Geometry | None = None,
+    area: Area | None = None,
+) -> Tensor:
     """g_s over windows: latents (1, h, w, M) -> pixels (1, 16·h, 16·w, 3), uint8, or uint16 with ``bits`` = 16.
 
-    ``gray``: one channel, the mean of the network's three.
+    ``gray``: one channel, the mean of the network's three. With ``area`` of a picture's ``grid`` only the pixels of
+    this area, from its :func:`input_of`, in the windows that the whole picture has there. They depend on no latent that
+    is more than the halo away from them.
     """
-    h, w = y.shape[1:3]
+    grid = grid or Geometry(1, y.shape[1], y.shape[2])
+    area = area or Area(0, 0, grid.height, grid.width)
+    origin = input_of(net, area, grid)
     n = DOWNSAMPLING
     white, dtype = 2**bits - 1, torch.uint8 if bits == 8 else torch.uint16
-    x = torch.empty(1, h * n, w * n, 1 if gray else 3, dtype=dtype, device=y.device)
-    for top, bottom, above, below in _windows(net, h):
-        for left, right, before, after in _windows(net, w):
-            part = net.synthesis(y[:, above:below, before:after], code)
-            inside = part[:, (top - above) * n : (bottom - above) * n, (left - before) * n : (right - before) * n]
+    height, width = area.bottom - area.top, area.right - area.left
+    x = torch.empty(1, height * n, width * n, 1 if gray else 3, dtype=dtype, device=y.device)
+
+    def within(pixels: Tensor, axis: int, start: int, first: int, last: int) -> Tensor:
+        return pixels.narrow(axis, (first - start) * n, (last - first) * n)
+
+    for top, bottom, above, below in _windows(net, grid.height, area.top, area.bottom):
+        for left, right, before, after in _windows(net, grid.width, area.left, area.right):
+            part = net.synthesis(Area(above, before, below, after).of(y, origin), code)
+            inside = within(within(part, 1, above, top, bottom), 2, before, left, right)
             if gray:
                 inside = inside.mean(-1, keepdim=True)
             pixels = ((inside + 0.5) * white).round().clamp(0, white).to(dtype)
-            x[:, top * n : bottom * n, left * n : right * n] = pixels
+            within(within(x, 1, area.top, top, bottom), 2, area.left, left, right).copy_(pixels)
     return x
 
 
@@ -80,8 +145,8 @@ def squared_error(
     n = DOWNSAMPLING
     white = np.iinfo(pixels.dtype).max
     total, slope = 0.0, torch.zeros_like(y)
-    for top, bottom, above, below in _windows(y.shape[1]):
-        for left, right, before, after in _windows(y.shape[2]):
+    for top, bottom, above, below in _windows(net, y.shape[1]):
+        for left, right, before, after in _windows(net, y.shape[2]):
             seen = torch.from_numpy(pixels[top * n : bottom * n, left * n : right * n].astype(np.float32)).to(y.device)
             if seen.numel() == 0:
                 continue
