@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lic import container, images
-from lic.api import psnr
 from lic.errors import LicError
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def _psnr(reference: Entry, entry: Entry) -> str:
     if entry is reference or reference.picture.alpha is not None or entry.picture.alpha is not None:
         return ""
     a, b = (np.broadcast_to(e.picture.colour, (*e.picture.colour.shape[:2], 3)) for e in (reference, entry))
-    value = psnr(a, b)
+    value = images.psnr(a, b)
     return f"{value:.2f} dB" if math.isfinite(value) else "identical"
 
 

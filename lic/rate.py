@@ -84,7 +84,8 @@ def search(
     wants_psnr = target.kind == "psnr"
     limit = target.value * pixels / 8 if target.kind == "bpp" else target.value
     scale: Callable[[float], float] = (lambda v: v) if wants_psnr else (lambda v: math.log(max(v, 1) * 8 / pixels))
-    goal = scale(limit)
+    # The middle of what is good enough: aimed at the limit itself, every other try would miss it by a little.
+    goal = scale(limit) + PSNR_ABOVE / 2 if wants_psnr else scale((1 + SIZE_USED) / 2 * limit)
 
     ends = _TYPICAL["psnr" if wants_psnr else "size"]
     low, high = (0, ends[0]), (MAX_CODE, ends[1])  # (code, scaled value), guessed until encoded

@@ -2,7 +2,8 @@
 
 python scripts/render_unlike.py FOLDER
 
-They serve to measure what encoder-side optimisation does for pictures that the training set has few of (docs/effort.md).
+They serve to measure what encoder-side optimisation does for pictures that the training set has few of
+(docs/effort.md).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 SIZE = (768, 512)
-WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one "
-    "were all their there been if more when will would who so no she other its may these what them than some him time into"
-).split()
+TEXT = """
+the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one were
+all their there been if more when will would who so no she other its may these what them than some him time into
+"""
+WORDS = TEXT.split()
 
 
 def picture_of(figure: Figure) -> Image.Image:

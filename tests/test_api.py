@@ -15,7 +15,7 @@ from conftest import DATA
 from PIL import Image
 
 import lic
-from lic import api
+from lic import images
 from lic.device import select_device
 from lic.model import store
 

@@ -109,10 +109,10 @@ def optimise(
             rate, to_y, to_z = _rate(net, y_hat[at], z[at_z], code, with_context)
             bits += rate.bits
             offset[at] = expected_offset(y_hat[at], rate.mean, rate.scale)
-            if to_y is not None and to_z is not None:
+            if to_y is not None:
                 slope[at] = CONTEXT_WEIGHT * to_y
-                if number % 2 == 0:
-                    z_next[at_z], rate = search.step(y_hat[at], z[at_z], to_z, rate)
+            if to_z is not None and number % 2 == 0:
+                z_next[at_z], rate = search.step(y_hat[at], z[at_z], to_z, rate)
             mean[at], scale[at] = rate.mean, rate.scale
         error, error_slope = windows.squared_error(net, y_hat + offset, code, pixels, with_slope=not last)
         cost = bits + lagrangian * error
@@ -167,7 +167,8 @@ def _rate(
         y_bits = gaussian_bits(y_hat, p.mean, p.scale).sum(dim=-1)
         z_bits = net.prior.bits(z_in, code).sum(dim=-1)
         total = y_bits.sum() + z_bits.sum()
-        gradients = torch.autograd.grad(total, (y_in, z_in)) if with_gradient else (None, None)
+        # Where there is no context, y_in has no gradient.
+        gradients = torch.autograd.grad(total, (y_in, z_in), allow_unused=True) if with_gradient else (None, None)
     bits_map = F.avg_pool2d(y_bits.detach().unsqueeze(1), 4, divisor_override=1).squeeze(1) + z_bits.detach()
     return _Rate(p.mean.detach(), p.scale.detach(), float(total.detach()), bits_map), *gradients
 

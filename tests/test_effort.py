@@ -1,0 +1,172 @@
+"""Encoder-side optimisation: smaller files of the same quality, for every context model and kind of picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, Run
+from PIL import Image
+
+import lic
+from lic import container
+from lic.images import mse
+from lic.model import store
+from lic.model.context import Geometry
+from lic.pipeline import codec, decode_rgb, encode_rgb, windows
+from lic.pipeline.optimise import EFFORTS
+from lic.quality import code_of, lambda_of
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    return np.asarray(Image.open(DATA / "demo.png").convert("RGB").crop((300, 250, 440, 350)))
+
+
+def model_of(name: str = "tiny") -> store.LoadedModel:
+    return store.load_file(store.read_info(DATA / "models" / f"{name}.safetensors"))
+
+
+def cost(encoded: codec.Encoded, rgb: np.ndarray) -> float:
+    """Bits of the whole file + λ·squared error."""
+    header = encoded.container.header
+    error = mse(rgb, encoded.reconstruction) * rgb.shape[0] * rgb.shape[1]
+    return 8 * len(container.pack(encoded.container)) + lambda_of(header.quality) * error
+
+
+MODELS = ("tiny", "tiny-econtextformer", "tiny-hyperprior", "tiny-msp", "tiny-nlaic")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_costs_less_and_decodes(name: str, photo: np.ndarray) -> None:
+    model, code = model_of(name), code_of(50)
+    costs = []
+    for effort in (0, 2, 4):
+        encoded = encode_rgb(model, photo, code, effort=effort)
+        assert encoded.container.header.effort == effort
+        decoded = decode_rgb(model, container.parse(container.pack(encoded.container)))
+        assert np.array_equal(decoded.rgb, encoded.reconstruction)
+        assert decoded.symbols_sha256 == encoded.symbols_sha256
+        costs.append(cost(encoded, photo))
+    assert max(costs) == costs[0]
+    if name == "tiny":  # the others have random weights, whose tables may have nothing to gain from
+        assert max(costs[1:]) < costs[0]
+    assert model.net.exact
+
+
+@pytest.mark.parametrize("quality", [0, 30, 70, 100])
+def test_gains_grow_with_effort(quality: float, photo: np.ndarray) -> None:
+    model = model_of()
+    costs = [cost(encode_rgb(model, photo, code_of(quality), effort=effort), photo) for effort in (0, 1, 3, 6)]
+    assert costs[0] > max(costs[1:]) and costs[3] < 1.002 * min(costs)
+
+
+@pytest.mark.parametrize(
+    "rgb",
+    [
+        np.full((1, 1, 3), 200, np.uint8),
+        np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8),
+        np.random.default_rng(1).integers(0, 2**16, (20, 60, 3), dtype=np.uint16),
+        np.linspace(0, 255, 130 * 40).reshape(130, 40, 1).astype(np.uint8),
+        np.zeros((64, 64, 3), np.uint8),
+    ],
+    ids=["one pixel", "noise", "16 bits", "gray", "black"],
+)
+def test_never_costs_more(rgb: np.ndarray) -> None:
+    model = model_of()
+    for quality in (10, 90):
+        plain = encode_rgb(model, rgb, code_of(quality))
+        for effort in (1, 5):
+            encoded = encode_rgb(model, rgb, code_of(quality), effort=effort)
+            assert cost(encoded, rgb) <= cost(plain, rgb)
+            decoded = decode_rgb(model, encoded.container, bits=16 if rgb.dtype == np.uint16 else 8)
+            assert np.array_equal(decoded.rgb, encoded.reconstruction)
+
+
+def test_tiles_and_windows(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "TILE", 64)
+    monkeypatch.setattr(codec, "LARGEST_TILE", 64 * 64)
+    monkeypatch.setattr(windows, "WINDOW", 16)
+    model, code = model_of(), code_of(40)
+    rgb = np.tile(photo, (3, 3, 1))
+    done: list[tuple[int, int]] = []
+    encoded = encode_rgb(model, rgb, code, effort=4, progress=lambda a, b: done.append((a, b)))
+    assert encoded.container.header.tile == 64
+    assert cost(encoded, rgb) < cost(encode_rgb(model, rgb, code), rgb)
+    assert done == sorted(done) and done[-1][0] == done[-1][1] and len({total for _, total in done}) == 1
+
+
+def test_slope_of_the_error_does_not_depend_on_the_windows(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model_of().net
+    rgb = np.tile(photo, (4, 4, 1))[:370]
+    code = torch.tensor([20_000.0])
+    grid = Geometry(1, 24, 36)
+    with torch.no_grad():
+        y = torch.round(windows.analysis(net, rgb, grid, code))
+        error, slope = windows.squared_error(net, y, code, rgb, with_slope=True)
+        assert windows.squared_error(net, y, code, rgb, with_slope=False) == (pytest.approx(error), None)
+        monkeypatch.setattr(windows, "WINDOW", 16)
+        again, other = windows.squared_error(net, y, code, rgb, with_slope=True)
+    assert again == pytest.approx(error, rel=1e-5)
+    assert slope is not None and other is not None
+    assert torch.allclose(slope, other, rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
+    # What is counted is what the decoder shows, but for the rounding of its samples.
+    shown = windows.synthesis(net, y, code)[0, :370, : rgb.shape[1]].numpy()
+    assert error == pytest.approx(mse(rgb, shown) * rgb.shape[0] * rgb.shape[1], rel=0.02)
+
+
+def test_time_is_bounded(photo: np.ndarray) -> None:
+    rgb = np.tile(photo, (2, 2, 1))
+    tiny = lic.Codec("tiny")
+    plain = tiny.encode(rgb, 40)
+    start = time.monotonic()
+    data = tiny.encode(rgb, 40, effort=9, effort_seconds=0)
+    short = time.monotonic() - start
+    assert len(data) == len(plain) or data != plain  # one pass has no gradient step behind it
+    start = time.monotonic()
+    tiny.encode(rgb, 40, effort=9)
+    assert short < time.monotonic() - start
+    assert lic.info(data).effort == 9
+
+
+@pytest.mark.parametrize(("effort", "seconds"), [(10, None), (-1, None), (1.5, None), (3, -1.0), (3, math.nan)])
+def test_efforts_that_do_not_exist(effort: int, seconds: float | None, photo: np.ndarray) -> None:
+    with pytest.raises(lic.UsageError, match="effort"):
+        lic.encode(photo, effort=effort, effort_seconds=seconds, model="tiny")
+
+
+def test_targets_with_effort(photo: np.ndarray) -> None:
+    tiny = lic.Codec("tiny")
+    for effort in (0, 4):
+        result = tiny.encode_result(photo, target=lic.Target("size", 1500), effort=effort)
+        assert 0.985 * 1500 <= len(result.data) <= 1500
+        assert 32 <= tiny.encode_result(photo, target=lic.Target("psnr", 32), effort=effort).psnr <= 32.02
+    with pytest.raises(lic.LicError, match="at least"):
+        tiny.encode(photo, target=lic.Target("size", 20), effort=2)
+
+
+def test_on_the_command_line(lic: Run, tmp_path: Path, photo: np.ndarray) -> None:
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    Image.fromarray(photo[::-1].copy()).save(tmp_path / "b.png")
+    command = ("encode", "--model", "tiny", "--effort", "3", "--effort-seconds", "30", "--report", "r.jsonl")
+    run = lic(*command, "a.png", "b.png", "--output-dir", "out")
+    assert run.returncode == 0, run.stderr
+    facts = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [f["effort"] for f in facts] == [3, 3]
+    info = json.loads(lic("info", "--json", "out/a.lic").stdout)
+    assert info["effort"] == 3 and info["lambda"] == pytest.approx(lambda_of(code_of(40)))
+    assert lic("decode", "out/a.lic", "a2.png").returncode == 0
+    for wrong in ("--effort 10", "--effort x", "--effort-seconds -1"):
+        run = lic("encode", "a.png", "c.lic", *wrong.split())
+        assert run.returncode == 2 and not (tmp_path / "c.lic").exists()
+
+
+def test_levels_rise() -> None:
+    passes = [effort.passes for effort in EFFORTS]
+    assert len(EFFORTS) == 10 and passes == sorted(passes) and passes[0] == 0
+    assert [effort.with_context for effort in EFFORTS] == [False] * 4 + [True] * 6
