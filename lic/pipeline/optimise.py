@@ -46,10 +46,10 @@ EFFORTS = (
     Effort(4, False),
     Effort(4, True),
     Effort(6, True),
-    Effort(9, True),
-    Effort(14, True),
-    Effort(22, True),
-    Effort(36, True),
+    Effort(8, True),
+    Effort(11, True),
+    Effort(16, True),
+    Effort(24, True),
 )
 
 Box = tuple[Geometry, slice, slice]  # of a tile: see pipeline.codec.latent_boxes
