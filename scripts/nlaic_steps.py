@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
@@ -22,6 +23,7 @@ from lic.model import store
 from lic.model.codec import CodecModel
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING
 from lic.model.context import Geometry
+from lic.model.context.nlaic import LAG
 from lic.pipeline.tile import Latents, Reader, Writer, code_tiles
 from lic.quality import code_of
 
@@ -65,33 +67,34 @@ def best_of(repeat: int, run: Callable[[], object]) -> tuple[float, float]:
     return wall, cpu
 
 
-@click.command()
-@click.option("--size", default="768x512", show_default=True, help="Picture size, WIDTHxHEIGHT.")
-@click.option("--channels", default="192,320", show_default=True, help="Latent channels.")
-@click.option("--quality", default=45.0, show_default=True)
-@click.option("--threads", default=1, show_default=True)
-@click.option("--repeat", default=3, show_default=True)
-@click.option("--counts", is_flag=True, help="Only count.")
-def main(size: str, channels: str, quality: float, threads: int, repeat: int, counts: bool) -> None:
-    torch.set_num_threads(threads)
-    width, height = (int(n) for n in size.split("x"))
-    per_hyper = HYPER_DOWNSAMPLING // DOWNSAMPLING
-    h, w = (per_hyper * -(-n // HYPER_DOWNSAMPLING) for n in (height, width))
-    geometry, code = Geometry(1, h, w), code_of(quality)
-    click.echo(f"{width}x{height}: {h} x {w} latent positions; {threads} threads, torch {torch.__version__}")
-    for count in (int(n) for n in channels.split(",")):
-        click.echo(f"M = {count}: {h * w * count} steps in raster order, {h * count} row by row, ", nl=False)
-        click.echo(f"{h + 3 * (count - 1)} wavefronts")
-        if not counts:
-            measure(model_of(count), geometry, code, repeat)
+class Run(NamedTuple):
+    """Seconds that pass, and seconds of CPU time, for a whole picture."""
+
+    wall: float
+    cpu: float
+
+
+class Measurement(NamedTuple):
+    """Wavefronts of one picture: their streams, and how many steps these hold, the bytes, and the time of each part."""
+
+    steps: int
+    held: list[int]
+    bytes: int
+    runs: dict[str, Run]
+
+
+def counts(height: int, width: int, channels: int) -> dict[str, int]:
+    """Sequential steps for latents (height, width, channels) by order."""
+    wavefronts = height + LAG * (channels - 1)
+    return {"raster order": height * width * channels, "row by row": height * channels, "wavefronts": wavefronts}
 
 
 @torch.no_grad()
-def measure(model: store.LoadedModel, geometry: Geometry, code: int, repeat: int) -> None:
-    net, schedule = model.net, model.net.context.schedule
+def measure(model: store.LoadedModel, z: torch.Tensor, y: torch.Tensor, code: int, repeat: int) -> Measurement:
+    """Integers z (1, h/4, w/4, C) and y (1, h, w, M) in wavefronts. Raises ClickException if they do not come back."""
+    net, schedule, geometry = model.net, model.net.context.schedule, Geometry(*y.shape[:3])
     steps = schedule.steps(geometry)
-    z, y = latents(net, geometry, code)
-    known = Latents(z, torch.round(y), rounded=True)
+    known = Latents(z, y, rounded=True)
     codes = torch.tensor([code])
     psi, unit = net.h_s(z, codes), net.unit(codes)
 
@@ -99,7 +102,7 @@ def measure(model: store.LoadedModel, geometry: Geometry, code: int, repeat: int
         state = net.context.start(psi, geometry, codes, unit)
         for step in range(steps):
             net.context.predict(state, step)
-            state = net.context.observe(state, step, schedule.take(known.y, step))
+            state = net.context.observe(state, step, schedule.take(y, step))
 
     def encode() -> list[bytes]:
         writer = Writer()
@@ -113,12 +116,55 @@ def measure(model: store.LoadedModel, geometry: Geometry, code: int, repeat: int
 
     if not torch.equal(decode().y, known.y):
         raise click.ClickException("the latents do not come back")
-    bpp = 8 * sum(map(len, streams)) / (geometry.height * geometry.width * DOWNSAMPLING**2)
     held = Counter(schedule.stream_of(step) for step in range(steps))
-    click.echo(f"  {steps} steps in {len(held)} streams of {min(held.values())} to {max(held.values())}, {bpp:.2f} bpp")
-    runs: dict[str, Callable[[], object]] = {"context alone": context, "encoding": encode, "decoding": decode}
-    for name, run in runs.items():
-        wall, cpu = best_of(repeat, run)
+    ways: dict[str, Callable[[], object]] = {"context alone": context, "encoding": encode, "decoding": decode}
+    runs = {name: Run(*best_of(repeat, run)) for name, run in ways.items()}
+    return Measurement(steps, list(held.values()), sum(map(len, streams)), runs)
+
+
+@torch.no_grad()
+def row_step(model: store.LoadedModel, z: torch.Tensor, y: torch.Tensor, code: int, repeat: int) -> float:
+    """Seconds of the network for a step that computes one row of one channel, y's first ones (1, 4, w, M)."""
+    context, codes = model.net.context, torch.tensor([code])
+    start = context.start(model.net.h_s(z, codes), Geometry(*y.shape[:3]), codes, model.net.unit(codes))
+
+    def rows() -> None:
+        state = start
+        for step in range(LAG):
+            context.predict(state, step)
+            state = context.observe(state, step, context.schedule.take(y, step))
+
+    return best_of(repeat, rows)[0] / LAG
+
+
+@click.command()
+@click.option("--size", default="768x512", show_default=True, help="Picture size, WIDTHxHEIGHT.")
+@click.option("--channels", default="192,320", show_default=True, help="Latent channels.")
+@click.option("--quality", default=45.0, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--repeat", default=3, show_default=True)
+@click.option("--counts", "only_counts", is_flag=True, help="Only count.")
+def main(size: str, channels: str, quality: float, threads: int, repeat: int, only_counts: bool) -> None:
+    torch.set_num_threads(threads)
+    width, height = (int(n) for n in size.split("x"))
+    per_hyper = HYPER_DOWNSAMPLING // DOWNSAMPLING
+    h, w = (per_hyper * -(-n // HYPER_DOWNSAMPLING) for n in (height, width))
+    code = code_of(quality)
+    click.echo(f"{width}x{height}: {h} x {w} latent positions; {threads} threads, torch {torch.__version__}")
+    for count in (int(n) for n in channels.split(",")):
+        raster, rows, wavefronts = counts(h, w, count).values()
+        click.echo(f"M = {count}: {raster} steps in raster order, {rows} row by row, {wavefronts} wavefronts")
+        if not only_counts:
+            model = model_of(count)
+            z, y = latents(model.net, Geometry(1, h, w), code)
+            show(measure(model, z, torch.round(y), code, repeat), h * w * DOWNSAMPLING**2, repeat)
+
+
+def show(found: Measurement, pixels: int, repeat: int) -> None:
+    steps, held, size, runs = found
+    span = f"{min(held)} to {max(held)}"
+    click.echo(f"  {steps} steps in {len(held)} streams of {span}, {8 * size / pixels:.2f} bpp")
+    for name, (wall, cpu) in runs.items():
         a_step = f"{1000 * wall / steps:.2f} ms a step"
         click.echo(f"  {name:>13}: {wall:.2f} s, {a_step}; {cpu:.2f} s of CPU time (best of {repeat})")
 
