@@ -82,6 +82,10 @@ class Measurement(NamedTuple):
     bytes: int
     runs: dict[str, Run]
 
+    @property
+    def seconds_a_step(self) -> dict[str, float]:
+        return {name: run.wall / self.steps for name, run in self.runs.items()}
+
 
 def counts(height: int, width: int, channels: int) -> dict[str, int]:
     """Sequential steps for latents (height, width, channels) by order."""
@@ -120,21 +124,6 @@ def measure(model: store.LoadedModel, z: torch.Tensor, y: torch.Tensor, code: in
     ways: dict[str, Callable[[], object]] = {"context alone": context, "encoding": encode, "decoding": decode}
     runs = {name: Run(*best_of(repeat, run)) for name, run in ways.items()}
     return Measurement(steps, list(held.values()), sum(map(len, streams)), runs)
-
-
-@torch.no_grad()
-def row_step(model: store.LoadedModel, z: torch.Tensor, y: torch.Tensor, code: int, repeat: int) -> float:
-    """Seconds of the network for a step that computes one row of one channel, y's first ones (1, 4, w, M)."""
-    context, codes = model.net.context, torch.tensor([code])
-    start = context.start(model.net.h_s(z, codes), Geometry(*y.shape[:3]), codes, model.net.unit(codes))
-
-    def rows() -> None:
-        state = start
-        for step in range(LAG):
-            context.predict(state, step)
-            state = context.observe(state, step, context.schedule.take(y, step))
-
-    return best_of(repeat, rows)[0] / LAG
 
 
 @click.command()

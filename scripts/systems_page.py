@@ -83,14 +83,14 @@ def main_table(found: Numbers, cost: Numbers) -> list[str]:
         ])  # fmt: skip
     head = [
         "model", f"bits against `{found['reference']}`", "parameters (M)", "kMAC/px", "kMAC/px, decoder", "steps",
-        "streams", "encode (s)", "decode (s)", "memory (MB)", "training: steps, Mpixel",
+        "streams", "encode (s)", "decode (s)", "memory (MB)", "training",
     ]  # fmt: skip
     pictures = _numbers(entry["times"]["pictures"] for entry in models.values())
     text = (
         "Parameters and kMAC/px are those of the context model, the next column is the whole decoder. Steps and "
         f"streams are those of a picture of {_size(cost['size'])}. Times are medians of {pictures} pictures at quality "
         f"{cost['quality']:g} (fewer for models of many steps), memory is the peak of a process that encodes and "
-        "decodes one."
+        "decodes one. Training is that of the context model alone, on latents, but where it says all."
     )
     return ["## All models", table(head, rows), text, *_main_reading(percent, found["reference"], models)]
 
@@ -210,28 +210,30 @@ def econtextformer(found: Numbers) -> list[str]:
 
 
 def nlaic(found: Numbers) -> list[str]:
-    rows = []
-    readings = []
+    rows, readings = [], []
     for way, steps in found["paper_counts"].items():
-        rows.append([f"{found['paper_channels']} channels, {way}", f"{steps:,}", "", ""])
+        rows.append([f"{found['paper_channels']} channels, {way}", f"{steps:,}", "", "", "", ""])
     for name, entry in found["models"].items():
-        total = {way: entry["counts"][way] * seconds for way, seconds in entry["step_seconds"].items()}
+        decoding = {}
         for way, steps in entry["counts"].items():
-            estimated = "" if way == "wavefronts" else " (estimated)"
-            cells = [f"{1000 * entry['step_seconds'][way]:.2f}", f"{total[way]:.1f}{estimated}"]
+            seconds = entry["step_seconds"][way]
+            decoding[way] = steps * seconds["decoding"]
+            cells = []
+            for part in ("context alone", "decoding"):
+                cells += [f"{1000 * seconds[part]:.2f}", f"{steps * seconds[part]:.1f}"]
             rows.append([f"`{name}`, {entry['channels']} channels, {way}", f"{steps:,}", *cells])
-        seconds, wavefronts = entry["seconds"], total["wavefronts"]
         readings.append(
-            f"The wavefronts of `{name}` are {total['raster order'] / wavefronts:.0f} times faster than raster order "
-            f"and {total['row by row'] / wavefronts:.1f} times faster than row by row. With the coder and its "
-            f"{entry['streams']} streams the latents take {seconds['encoding']:.1f} s to encode and "
-            f"{seconds['decoding']:.1f} s to decode."
+            f"The wavefronts of `{name}`, {entry['streams']} streams, decode "
+            f"{decoding['raster order'] / decoding['wavefronts']:.0f} times faster than raster order and "
+            f"{decoding['row by row'] / decoding['wavefronts']:.1f} times faster than row by row."
         )
     text = (
-        f"A picture of {_size(found['size'])}, the network alone. A step of the first two orders is measured on the "
-        "first rows and multiplied; in raster order it has four columns instead of one, which costs about the same."
+        f"The latents of a picture of {_size(found['size'])}: the network alone, and decoding them with coder and "
+        "hyperprior. The wavefronts were timed as a whole. Of the other two orders the time of a step was measured on "
+        "grids of four rows (for raster order, of four columns too), where a step holds one or two rows of a channel, "
+        "and multiplied."
     )
-    head = ["order", "steps", "ms a step", "seconds"]
+    head = ["order", "steps", "network: ms a step", "s", "decoding: ms a step", "s"]
     return ["## NLAIC: raster order, rows and wavefronts", table(head, rows), " ".join([text, *readings])]
 
 
@@ -247,11 +249,14 @@ def msp(found: Numbers) -> list[str]:
         f"The number of steps {'does not depend' if constant else 'DEPENDS'} on the size. Decoding is all of it, from "
         "file to pixels."
     )
-    raster_rows, gains = [], []
+    raster_rows, gains, own = [], [], []
     for name, entry in found["raster"].items():
         total = entry["steps"] * entry["step_seconds"]
         factors = [total / profile["decode"] for profile in models.values()]
-        gains += factors
+        if name in models:
+            own.append(f"{total / models[name]['decode']:.0f} (`{name}`)")
+        else:
+            gains.append(f"with that of `{name}` {min(factors):.0f} to {max(factors):.0f}")
         cells = [f"{entry['steps']:,}", f"{1000 * entry['step_seconds']:.2f}", f"{total:.0f}"]
         raster_rows.append([f"`{name}`", *cells, *(f"{factor:.0f}" for factor in factors)])
     raster_head = ["network in raster order", "steps", "ms a step", "seconds", *(f"times `{name}`" for name in models)]
@@ -259,7 +264,8 @@ def msp(found: Numbers) -> list[str]:
         "Raster order is estimated: the time of a step, which codes one position (and one channel group, or one "
         f"channel) with the network of a model, is measured on a crop and multiplied by the steps for {sizes[-1]}. "
         "Coder and transforms are left out of it, so these numbers are too small. The last columns divide them by "
-        f"the time that a profile takes for all of its decoding: {min(gains):.0f} to {max(gains):.0f} times."
+        "the time that a profile takes for all of its decoding. Raster order takes, with the profile's own network, "
+        f"{', '.join(own)} times as long{''.join(f', {gain}' for gain in gains)}."
     )
     return ["## MSP: constant steps", table(head, rows), text, table(raster_head, raster_rows), reading]
 
@@ -282,4 +288,5 @@ def _percent(value: float | None) -> str:
 
 
 def _training(entry: dict[str, Any]) -> str:
-    return ", ".join(f"{entry[key]:,}" for key in ("steps", "megapixels") if key in entry)
+    counts = [f"{entry[key]:,} {unit}" for key, unit in (("steps", "steps"), ("megapixels", "Mpixel")) if key in entry]
+    return ", ".join(counts) + ("" if entry["context_alone"] else " (all of it)")

@@ -145,12 +145,12 @@ def cost(model: store.LoadedModel, width: int, height: int) -> dict[str, Any]:
     """What a model is and was, without measuring: parameters, kMAC/px, steps, streams, training."""
     info, net = model.info, model.net
     steps, streams = steps_and_streams(net, width, height)
-    kept = ("steps", "minutes", "megapixels")
+    training = {key: info.provenance[key] for key in ("steps", "minutes", "megapixels") if key in info.provenance}
     return {
         "parameters": sum(p.numel() for p in net.context.parameters()),
         "kmac": info.kmac["context"],
         "decoder_kmac": info.kmac["decoder"],
         "steps": steps,
         "streams": streams,
-        "training": {key: info.provenance[key] for key in kept if key in info.provenance},
+        "training": {**training, "context_alone": info.shared_from is not None},
     }
