@@ -90,7 +90,7 @@ def main_table(found: Numbers, cost: Numbers) -> list[str]:
         "Parameters and kMAC/px are those of the context model, the next column is the whole decoder. Steps and "
         f"streams are those of a picture of {_size(cost['size'])}. Times are medians of {pictures} pictures at quality "
         f"{cost['quality']:g} (fewer for models of many steps), memory is the peak of a process that encodes and "
-        "decodes one. Training is that of the context model alone, on latents, but where it says all."
+        "decodes one. In brackets which part of the model the training was of."
     )
     return ["## All models", table(head, rows), text, *_main_reading(percent, found["reference"], models)]
 
@@ -289,4 +289,4 @@ def _percent(value: float | None) -> str:
 
 def _training(entry: dict[str, Any]) -> str:
     counts = [f"{entry[key]:,} {unit}" for key, unit in (("steps", "steps"), ("megapixels", "Mpixel")) if key in entry]
-    return ", ".join(counts) + ("" if entry["context_alone"] else " (all of it)")
+    return f"{', '.join(counts)} ({entry['part']})" if counts else ""

@@ -152,5 +152,5 @@ def cost(model: store.LoadedModel, width: int, height: int) -> dict[str, Any]:
         "decoder_kmac": info.kmac["decoder"],
         "steps": steps,
         "streams": streams,
-        "training": {**training, "context_alone": info.shared_from is not None},
+        "training": {**training, "part": info.provenance.get("settings", {}).get("part", "all")},
     }
