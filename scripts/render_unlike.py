@@ -21,7 +21,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-SIZE = (768, 512)
+SIZE = (480, 320)
+INCHES = (4.8, 3.2)
 TEXT = """
 the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one were
 all their there been if more when will would who so no she other its may these what them than some him time into
@@ -30,7 +31,7 @@ WORDS = TEXT.split()
 
 
 def picture_of(figure: Figure) -> Image.Image:
-    """A figure of 7.68 x 5.12 inches as a picture of SIZE."""
+    """A figure of INCHES as a picture of SIZE."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100, format="png")
     plt.close(figure)
@@ -39,7 +40,7 @@ def picture_of(figure: Figure) -> Image.Image:
 
 def line_chart() -> Image.Image:
     random = np.random.default_rng(1)
-    figure, axis = plt.subplots(figsize=(7.68, 5.12), layout="constrained")
+    figure, axis = plt.subplots(figsize=INCHES, layout="constrained")
     for i in range(5):
         axis.plot(np.cumsum(random.normal(0.05 * i, 1, 200)), label=f"series {i + 1}", linewidth=1.2)
     axis.grid(alpha=0.3)
@@ -50,7 +51,7 @@ def line_chart() -> Image.Image:
 
 def bar_chart() -> Image.Image:
     random = np.random.default_rng(2)
-    figure, axes = plt.subplots(2, 2, figsize=(7.68, 5.12), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=INCHES, layout="constrained")
     axes[0, 0].bar(range(12), random.uniform(1, 9, 12), color="tab:blue")
     axes[0, 1].pie(random.uniform(1, 5, 6), labels=list("ABCDEF"))
     axes[1, 0].scatter(*random.normal(0, 1, (2, 300)), s=6, c=random.uniform(0, 1, 300))
@@ -62,13 +63,13 @@ def text_page() -> Image.Image:
     random = np.random.default_rng(3)
     picture = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((40, 24), "On the length of descriptions", fill="black", font=ImageFont.load_default(26))
+    draw.text((24, 12), "On the length of descriptions", fill="black", font=ImageFont.load_default(22))
     body = ImageFont.load_default(13)
-    for row in range(24):
+    for row in range(16):
         line = ""
-        while draw.textlength(line, body) < 640:
+        while draw.textlength(line, body) < 380:
             line += str(random.choice(WORDS)) + " "
-        draw.text((40, 72 + 17 * row), line, fill=(20, 20, 20), font=body)
+        draw.text((24, 46 + 17 * row), line, fill=(20, 20, 20), font=body)
     return picture
 
 
@@ -81,16 +82,16 @@ def window() -> Image.Image:
     draw.rectangle((0, 0, SIZE[0], 28), fill=(52, 54, 66))
     for i, colour in enumerate(((237, 106, 94), (245, 191, 79), (98, 197, 84))):
         draw.ellipse((10 + 20 * i, 8, 22 + 20 * i, 20), fill=colour)
-    draw.rectangle((0, 28, 150, SIZE[1]), fill=(38, 39, 49))
-    for row in range(22):
+    draw.rectangle((0, 28, 110, SIZE[1]), fill=(38, 39, 49))
+    for row in range(14):
         draw.text(
             (14 + 10 * (row % 3 > 0), 40 + 20 * row), f"{random.choice(WORDS)}.py", fill=(180, 184, 200), font=font
         )
     colours = ((220, 220, 230), (130, 170, 255), (195, 232, 141), (255, 203, 107), (199, 146, 234))
-    for row in range(28):
-        draw.text((160, 38 + 16 * row), f"{row + 1:3d}", fill=(90, 94, 110), font=font)
-        x = 190 + 20 * int(random.integers(0, 4))
-        for _ in range(int(random.integers(0, 9))):
+    for row in range(17):
+        draw.text((118, 38 + 16 * row), f"{row + 1:3d}", fill=(90, 94, 110), font=font)
+        x = 146 + 20 * int(random.integers(0, 4))
+        for _ in range(int(random.integers(0, 6))):
             word = str(random.choice(WORDS))
             draw.text((x, 38 + 16 * row), word, fill=colours[int(random.integers(len(colours)))], font=font)
             x += int(draw.textlength(word + " ", font))
@@ -100,7 +101,7 @@ def window() -> Image.Image:
 def drawing() -> Image.Image:
     """Flat shapes with smooth edges, as in a cartoon."""
     random = np.random.default_rng(5)
-    picture = Image.new("RGB", (2 * SIZE[0], 2 * SIZE[1]), (164, 212, 244))
+    picture = Image.new("RGB", (1536, 1024), (164, 212, 244))
     draw = ImageDraw.Draw(picture)
     draw.ellipse((1150, 90, 1350, 290), fill=(255, 221, 87), outline="black", width=5)
     for i, colour in enumerate(((112, 173, 71), (84, 140, 60), (60, 110, 48))):
@@ -117,10 +118,10 @@ def drawing() -> Image.Image:
 
 
 def mosaic() -> Image.Image:
-    """Areas of one colour each, nearest of 120 points, as in a map."""
+    """Areas of one colour each, nearest of 60 points, as in a map."""
     random = np.random.default_rng(6)
-    points = random.uniform((0, 0), SIZE, (120, 2))
-    colours = random.integers(60, 250, (120, 3)).astype(np.uint8)
+    points = random.uniform((0, 0), SIZE, (60, 2))
+    colours = random.integers(60, 250, (60, 3)).astype(np.uint8)
     x, y = np.meshgrid(np.arange(SIZE[0]), np.arange(SIZE[1]))
     distance = np.hypot(x[..., None] - points[:, 0], y[..., None] - points[:, 1])
     first, second = np.sort(distance, axis=-1)[..., :2].transpose(2, 0, 1)
