@@ -352,9 +352,9 @@ class Codec:
         wanted = None if preview is None else preview_of(preview)
         source = self._to_decode(data, bits, area, max_pixels, partial=wanted is not None)
         file = source.file
-        if wanted is not None and file.problem is None:
-            if wanted == "auto" or wanted >= file.container.header.streams - 1:
-                wanted = None
+        groups = file.container.header.streams - 1
+        if wanted is not None and file.problem is None and (wanted == "auto" or wanted >= groups):
+            wanted = None
         from lic import pipeline
 
         start = time.perf_counter()
