@@ -254,7 +254,8 @@ class Codec:
         preview that makes no sense, LicError for a region that is not inside the picture.
         """
         if isinstance(data, bytes | bytearray | memoryview | str):
-            bits = _pillow_bits(_checked(data))
+            data = _checked(data)
+            bits = _pillow_bits(data)
             result = self.decode_result(data, bits=bits, region=region, preview=preview, max_pixels=max_pixels)
             return result.picture.to_image()
         if region is not None or preview is not None:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from lic.model.config import HYPER_DOWNSAMPLING
 
-CPU_PIXELS = 2**19  # of a batch, padded: more is no faster
+CPU_PIXELS = 2**19  # of a batch, padded; half of it is 2 % slower, a quarter 10 %
 CUDA_PIXELS = 2**22
 _WAITING = 8  # batches' worth of pixels that wait for pictures like them
 

@@ -134,7 +134,7 @@ def test_the_first_failure_in_order_is_raised(codec: lic.Codec, demo: np.ndarray
         codec.decode([files[0], wrong[1], files[2], wrong[3]])
     with pytest.raises(lic.CorruptError, match="checksum"):
         codec.decode([files[0], files[1], wrong[2], b"foreign"])
-    with pytest.raises(lic.CorruptError, match="not a [.]lic file"):
+    with pytest.raises(lic.CorruptError, match=r"not a \.lic file"):
         codec.decode([files[0], b"foreign", wrong[2]])
     with pytest.raises(lic.UsageError, match="bytes, not str"):
         codec.decode([files[0], "name"])  # type: ignore[list-item]
