@@ -15,15 +15,16 @@ from lic import container, images
 from lic.container import DEFAULT_MAX_PIXELS
 from lic.device import check_device, select_device
 from lic.errors import CorruptError, LicError, UnsupportedError, UsageError
+from lic.grouping import CPU_PIXELS, CUDA_PIXELS, Size, in_batches, padded_size
 from lic.images import Picture, psnr, samples_at_bits
-from lic.part import Preview, preview_of, region_of
+from lic.part import Preview, Region, preview_of, region_of
 from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, code_of, quality_of
 from lic.rate import Target, search
 
 if TYPE_CHECKING:
     from lic.inspection import Info
     from lic.model.store import LoadedModel, ModelInfo
-    from lic.pipeline import Decoded
+    from lic.pipeline import Decoded, Encoded
 
 Progress = Callable[[int, int], None]
 AnyPicture: TypeAlias = Image.Image | np.ndarray | Picture
@@ -76,6 +77,51 @@ class DecodeResult:
         return self.picture.colour
 
 
+@dataclass(frozen=True)
+class _ToEncode:
+    """A picture, its colour as it will be coded, what goes beside it, and since when the time is taken."""
+
+    picture: Picture
+    colour: np.ndarray
+    sections: tuple[container.Section, ...]
+    start: float
+
+    def file(self, encoded: Encoded) -> bytes:
+        header = replace(encoded.container.header, reduced=self.picture.reduced)
+        return container.pack(replace(encoded.container, header=header, sections=self.sections))
+
+    def result(self, encoded: Encoded, effort: int) -> EncodeResult:
+        return EncodeResult(
+            data=self.file(encoded),
+            quality=quality_of(encoded.container.header.quality),
+            effort=effort,
+            reconstruction=encoded.reconstruction,
+            psnr=psnr(self.colour, encoded.reconstruction),
+            estimated_bits=encoded.estimated_bits,
+            symbols_sha256=encoded.symbols_sha256,
+            seconds=time.perf_counter() - self.start,
+            notes=self.picture.notes,
+        )
+
+
+@dataclass(frozen=True)
+class _ToDecode:
+    """A file, whole or not, with what is beside its colour (:func:`_beside_colour`), the model and depth for that."""
+
+    file: container.Leading
+    alpha: np.ndarray | None
+    metadata: container.Metadata
+    lost: list[str]
+    model: LoadedModel
+    bits: int
+
+    def picture(self, decoded: Decoded, area: Region | None = None) -> Picture:
+        alpha = self.alpha
+        if alpha is not None:
+            alpha = samples_at_bits(alpha if area is None else area.of(alpha), self.bits)
+        return Picture(decoded.rgb, alpha, self.metadata, self.file.container.header.reduced)
+
+
 class Codec:
     """Encodes and decodes pictures, loading each model once.
 
@@ -126,6 +172,10 @@ class Codec:
     ) -> bytes | list[bytes]:
         """A picture as a ``.lic`` file; a sequence of pictures as a list of files.
 
+        Small pictures of like size in a sequence go through the networks together, unless there is a target or effort.
+        A file may then differ from that of the picture alone, by what the last bits of floating-point numbers change.
+        If several pictures fail, the error is that of the first one in order.
+
         ``image``: of Pillow's, in any mode but F, upright or with an EXIF orientation, which is applied; or
         uint8 or uint16 of shape (H, W) for gray or (H, W, 1..4) for gray, gray and alpha, RGB, RGB and alpha.
         ``quality`` is 0..100, 40 by default; ``target`` is a size, rate or PSNR instead, for which several
@@ -142,8 +192,23 @@ class Codec:
             "strip": strip,
         }
         if isinstance(image, Image.Image | np.ndarray | Picture | str | bytes):  # the last two are refused there
-            return self.encode([image], quality, **options)[0]
-        return [self.encode_result(one, quality, **options).data for one in image]
+            return self.encode_result(image, quality, **options).data
+        if target is not None or effort != 0:
+            return [self.encode_result(one, quality, **options).data for one in image]
+        code = _checked_options(quality, target, effort, effort_seconds)
+
+        def prepare(one: AnyPicture) -> tuple[None, Size, _ToEncode]:
+            source = self._to_encode(one, strip)
+            return None, padded_size(source.picture.width, source.picture.height), source
+
+        def encode_together(sources: list[_ToEncode]) -> list[bytes]:
+            from lic import pipeline
+
+            colours = [source.colour for source in sources]
+            encoded = pipeline.encode_rgbs(self.load_encoder(), colours, [code] * len(sources))
+            return [source.file(one) for source, one in zip(sources, encoded, strict=True)]
+
+        return in_batches(image, prepare, encode_together, self._batch_pixels)
 
     @overload
     def decode(
@@ -180,16 +245,36 @@ class Codec:
         the whole picture. ``preview``: only so many groups; "auto": those that a truncated or damaged file holds as a
         whole. :meth:`decode_result` says what a preview lacks.
 
+        Files of a sequence with small pictures of like size go through the networks together, unless there is a region
+        or preview. Pixels may then differ by 1 from those of a file alone. If several files fail, the error is that of
+        the first one in order.
+
         Raises CorruptError when ``data`` is no such file or a damaged one, UnsupportedError when it needs a
         newer version or a model that is not installed, or has more than ``max_pixels``; UsageError for a region or
         preview that makes no sense, LicError for a region that is not inside the picture.
         """
-        if not isinstance(data, bytes | bytearray | memoryview | str):
+        if isinstance(data, bytes | bytearray | memoryview | str):
+            data = _checked(data)
+            bits = _pillow_bits(data)
+            result = self.decode_result(data, bits=bits, region=region, preview=preview, max_pixels=max_pixels)
+            return result.picture.to_image()
+        if region is not None or preview is not None:
             return [self.decode(one, region=region, preview=preview, max_pixels=max_pixels) for one in data]
-        data = _checked(data)
-        bits = None if container.parse_header(data).header.gray else 8
-        result = self.decode_result(data, bits=bits, region=region, preview=preview, max_pixels=max_pixels)
-        return result.picture.to_image()
+
+        def prepare(one: bytes) -> tuple[tuple[bytes, bytes, int], Size, _ToDecode]:
+            source = self._to_decode(one, _pillow_bits(_checked(one)), None, max_pixels)
+            header = source.file.container.header
+            like = (header.entropy_id, header.synthesis_id, header.tile)
+            return like, padded_size(header.width, header.height), source
+
+        def decode_together(sources: list[_ToDecode]) -> list[Image.Image]:
+            from lic import pipeline
+
+            containers = [source.file.container for source in sources]
+            decoded = pipeline.decode_rgbs(sources[0].model, containers, [source.bits for source in sources])
+            return [source.picture(one).to_image() for source, one in zip(sources, decoded, strict=True)]
+
+        return in_batches(data, prepare, decode_together, self._batch_pixels)
 
     def decode_array(
         self,
@@ -223,48 +308,20 @@ class Codec:
 
         ``progress(done, total)`` is called now and then; with a target, from the start for every encoding.
         """
-        if quality is not None and target is not None:
-            raise UsageError("a quality and a target exclude each other")
-        if effort not in range(MAX_EFFORT + 1):
-            raise UsageError(f"effort must be a whole number from 0 to {MAX_EFFORT}, not {effort}")
-        if effort_seconds is not None and not effort_seconds >= 0:  # also refuses NaN
-            raise UsageError(f"the seconds of an effort must not be negative: {effort_seconds}")
-        if not isinstance(image, Image.Image | np.ndarray | Picture):
-            raise UsageError(f"a picture is an image of Pillow's or a NumPy array, not {type(image).__name__}")
-        try:
-            code = code_of(DEFAULT_QUALITY if quality is None else quality)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        picture = images.picture_of(image, max_pixels=_ANY_SIZE, strip=strip)
+        code = _checked_options(quality, target, effort, effort_seconds)
+        source = self._to_encode(image, strip)
         model = self.load_encoder()
         from lic import pipeline
 
-        start = time.perf_counter()
-        colour = images.with_hidden_filled(picture.colour, picture.alpha)
-        sections = container.metadata_sections(picture.metadata)
-        if picture.alpha is not None:
-            sections = (images.alpha_section(picture.alpha), *sections)
-
         def encode_at(code: int, effort: int = effort, seconds: float | None = effort_seconds) -> EncodeResult:
             limit = math.inf if seconds is None else seconds
-            encoded = pipeline.encode_rgb(model, colour, code, effort=effort, seconds=limit, progress=progress)
-            header = replace(encoded.container.header, reduced=picture.reduced)
-            return EncodeResult(
-                data=container.pack(replace(encoded.container, header=header, sections=sections)),
-                quality=quality_of(code),
-                effort=effort,
-                reconstruction=encoded.reconstruction,
-                psnr=psnr(colour, encoded.reconstruction),
-                estimated_bits=encoded.estimated_bits,
-                symbols_sha256=encoded.symbols_sha256,
-                seconds=time.perf_counter() - start,
-                notes=picture.notes,
-            )
+            encoded = pipeline.encode_rgb(model, source.colour, code, effort=effort, seconds=limit, progress=progress)
+            return source.result(encoded, effort)
 
         if target is None:
             return encode_at(code)
         value_of = (lambda result: result.psnr) if target.kind == "psnr" else (lambda result: len(result.data))
-        pixels = picture.width * picture.height
+        pixels = source.picture.width * source.picture.height
         if effort == 0:
             found = search(encode_at, value_of, target, pixels)
         else:
@@ -272,9 +329,9 @@ class Codec:
             near = search(lambda code: encode_at(code, 0), value_of, target, pixels, or_nearest=True)
             seconds = None
             if effort_seconds is not None:
-                seconds = max(0.0, effort_seconds - (time.perf_counter() - start)) / _TRIES_WITH_EFFORT
+                seconds = max(0.0, effort_seconds - (time.perf_counter() - source.start)) / _TRIES_WITH_EFFORT
             found = search(lambda code: encode_at(code, effort, seconds), value_of, target, pixels, first=near.code)
-        return replace(found.result, seconds=time.perf_counter() - start)
+        return replace(found.result, seconds=time.perf_counter() - source.start)
 
     def decode_result(
         self,
@@ -293,33 +350,57 @@ class Codec:
         if bits not in (None, 8, 16):
             raise UsageError(f"bits must be 8 or 16, not {bits}")
         area = None if region is None else region_of(region)
-        if preview is None:
-            file = container.Leading(container.parse(_checked(data), max_pixels=max_pixels), (), None)
-        else:
-            preview = preview_of(preview)
+        wanted = None if preview is None else preview_of(preview)
+        source = self._to_decode(data, bits, area, max_pixels, partial=wanted is not None)
+        file = source.file
+        groups = file.container.header.streams - 1
+        if wanted is not None and file.problem is None and (wanted == "auto" or wanted >= groups):
+            wanted = None
+        from lic import pipeline
+
+        start = time.perf_counter()
+        decoded = pipeline.decode_rgb(
+            source.model, file.container, bits=source.bits, region=area, preview=wanted, progress=progress
+        )
+        picture = source.picture(decoded, area)
+        notes = () if wanted is None else _preview_notes(decoded, file, source.lost)
+        return DecodeResult(picture, decoded.symbols_sha256, time.perf_counter() - start, notes)
+
+    def _to_encode(self, image: AnyPicture, strip: bool) -> _ToEncode:
+        """Loads the model besides, so that this takes no part in the time."""
+        if not isinstance(image, Image.Image | np.ndarray | Picture):
+            raise UsageError(f"a picture is an image of Pillow's or a NumPy array, not {type(image).__name__}")
+        picture = images.picture_of(image, max_pixels=_ANY_SIZE, strip=strip)
+        self.load_encoder()
+        start = time.perf_counter()
+        colour = images.with_hidden_filled(picture.colour, picture.alpha)
+        sections = container.metadata_sections(picture.metadata)
+        if picture.alpha is not None:
+            sections = (images.alpha_section(picture.alpha), *sections)
+        return _ToEncode(picture, colour, sections, start)
+
+    def _to_decode(
+        self, data: bytes, bits: int | None, area: Region | None, max_pixels: int, *, partial: bool = False
+    ) -> _ToDecode:
+        """``partial``: what there is of a file will do."""
+        if partial:
             file = container.parse_leading(_checked(data), max_pixels=max_pixels)
-            if file.problem is None and (preview == "auto" or preview >= file.container.header.streams - 1):
-                preview = None
+        else:
+            file = container.Leading(container.parse(_checked(data), max_pixels=max_pixels), (), None)
         header = file.container.header
-        bits = bits or (16 if header.deep else 8)
         if area is not None:
             area.check_inside(header.width, header.height)
         alpha, metadata, lost = _beside_colour(file)
-        key = (header.entropy_id, header.synthesis_id)
-        model = self._loaded.get(key)
+        model = self._loaded.get((header.entropy_id, header.synthesis_id))
         if model is None:
             from lic.model import store
 
             model = self._load(store.find_for(header))
-        from lic import pipeline
+        return _ToDecode(file, alpha, metadata, lost, model, bits or (16 if header.deep else 8))
 
-        start = time.perf_counter()
-        decoded = pipeline.decode_rgb(model, file.container, bits=bits, region=area, preview=preview, progress=progress)
-        if alpha is not None:
-            alpha = samples_at_bits(alpha if area is None else area.of(alpha), bits)
-        notes = () if preview is None else _preview_notes(decoded, file, lost)
-        picture = Picture(decoded.rgb, alpha, metadata, header.reduced)
-        return DecodeResult(picture, decoded.symbols_sha256, time.perf_counter() - start, notes)
+    @property
+    def _batch_pixels(self) -> int:
+        return CPU_PIXELS if self.device == "cpu" else CUDA_PIXELS
 
     def load_encoder(self) -> LoadedModel:
         """Load the model that encodes, once.
@@ -391,6 +472,25 @@ def info(data: bytes) -> Info:
     from lic.inspection import info_of
 
     return info_of(_checked(data))
+
+
+def _checked_options(quality: float | None, target: Target | None, effort: int, effort_seconds: float | None) -> int:
+    """The quality code of the options of :meth:`Codec.encode`. Raises UsageError."""
+    if quality is not None and target is not None:
+        raise UsageError("a quality and a target exclude each other")
+    if effort not in range(MAX_EFFORT + 1):
+        raise UsageError(f"effort must be a whole number from 0 to {MAX_EFFORT}, not {effort}")
+    if effort_seconds is not None and not effort_seconds >= 0:  # also refuses NaN
+        raise UsageError(f"the seconds of an effort must not be negative: {effort_seconds}")
+    try:
+        return code_of(DEFAULT_QUALITY if quality is None else quality)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _pillow_bits(data: bytes) -> int | None:
+    """The depth at which Pillow can hold a file's picture; None: that of the source."""
+    return None if container.parse_header(data).header.gray else 8
 
 
 def _checked(data: Any) -> bytes:

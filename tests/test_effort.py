@@ -107,7 +107,7 @@ def test_slope_of_the_error_does_not_depend_on_the_windows(photo: np.ndarray, mo
     code = torch.tensor([20_000.0])
     grid = Geometry(1, 24, 36)
     with torch.no_grad():
-        y = torch.round(windows.analysis(net, rgb, grid, code))
+        y = torch.round(windows.analysis(net, [rgb], grid, code))
         error, slope = windows.squared_error(net, y, code, rgb, with_slope=True)
         assert windows.squared_error(net, y, code, rgb, with_slope=False) == (pytest.approx(error), None)
         monkeypatch.setattr(windows, "WINDOW", 16)
@@ -116,7 +116,7 @@ def test_slope_of_the_error_does_not_depend_on_the_windows(photo: np.ndarray, mo
     assert slope is not None and other is not None
     assert torch.allclose(slope, other, rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
     # What is counted is what the decoder shows, but for the rounding of its samples.
-    shown = windows.synthesis(net, y, code)[0, :370, : rgb.shape[1]].numpy()
+    shown = windows.synthesis(net, y, code, [windows.Samples()])[0][:370, : rgb.shape[1]].numpy()
     assert error == pytest.approx(mse(rgb, shown) * rgb.shape[0] * rgb.shape[1], rel=0.02)
 
 

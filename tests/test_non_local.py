@@ -182,12 +182,12 @@ def test_windows_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     padded = np.pad(rgb, ((0, 40), (0, 12), (0, 0)), mode="edge")
     expected = net.analysis(torch.from_numpy(padded).unsqueeze(0).float() / 255 - 0.5, code)
     y = expected.round()
-    pixels = windows.synthesis(net, y, code)
-    assert torch.equal(pixels, ((net.synthesis(y, code) + 0.5) * 255).round().clamp(0, 255).to(torch.uint8))
+    (pixels,) = windows.synthesis(net, y, code, [windows.Samples()])
+    assert torch.equal(pixels, ((net.synthesis(y, code)[0] + 0.5) * 255).round().clamp(0, 255).to(torch.uint8))
 
     def difference() -> tuple[float, int]:
-        found = windows.analysis(net, rgb, grid, code)
-        cut = windows.synthesis(net, y, code)
+        found = windows.analysis(net, [rgb], grid, code)
+        (cut,) = windows.synthesis(net, y, code, [windows.Samples()])
         return float((found - expected).abs().max() / expected.std()), int((cut.int() - pixels.int()).abs().max())
 
     for window in (16, 32):

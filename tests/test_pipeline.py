@@ -76,14 +76,14 @@ def test_tiles_come_back_without_seams(model: store.LoadedModel, monkeypatch: py
 def test_transforms_do_not_depend_on_their_windows(model: store.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rgb, grid = picture(310, 420), Geometry(1, 20, 28)
     code = torch.tensor([30_000.0])
-    whole = windows.analysis(model.net, rgb, grid, code)
+    whole = windows.analysis(model.net, [rgb], grid, code)
     padded = np.pad(rgb, ((0, 10), (0, 28), (0, 0)), mode="edge")
     expected = model.net.analysis(torch.from_numpy(padded).unsqueeze(0).float() / 255 - 0.5, code)
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
-    pixels = windows.synthesis(model.net, whole.round(), code)
+    (pixels,) = windows.synthesis(model.net, whole.round(), code, [windows.Samples()])
     monkeypatch.setattr(windows, "WINDOW", 5)
-    torch.testing.assert_close(windows.analysis(model.net, rgb, grid, code), whole, atol=1e-4, rtol=1e-4)
-    cut = windows.synthesis(model.net, whole.round(), code)
+    torch.testing.assert_close(windows.analysis(model.net, [rgb], grid, code), whole, atol=1e-4, rtol=1e-4)
+    (cut,) = windows.synthesis(model.net, whole.round(), code, [windows.Samples()])
     assert (cut.int() - pixels.int()).abs().max() <= 1
 
 

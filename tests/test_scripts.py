@@ -83,7 +83,7 @@ def test_recipes(shell: Shell, folder: Path, script: str) -> None:
     assert all(path.stat().st_size > 0 for path in made)
 
 
-@pytest.mark.parametrize("snippet", recipes("python"), ids=["encode", "errors"])
+@pytest.mark.parametrize("snippet", recipes("python"), ids=["encode", "lists", "errors"])
 def test_python_snippets(folder: Path, snippet: str) -> None:
     assert "import lic" in snippet
     script = snippet.replace('"base"', '"tiny"')

@@ -62,7 +62,7 @@ def integers(net: CodecModel, rgb: Pixels, quality_code: int) -> Latents:
     ((geometry, _, _),) = latent_boxes(width, height, tile=0)
     code = torch.tensor([float(quality_code)], device=net.sigma.device)
     with exact_arithmetic():
-        y = windows.analysis(net, rgb, geometry, code)
+        y = windows.analysis(net, [rgb], geometry, code)
         z = torch.round(net.hyper_analysis(y, code))
         return Latents(z, net.rounded(y, z, code), rounded=True)
 

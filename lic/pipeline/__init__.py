@@ -1,5 +1,5 @@
 """Pixels to container and back."""
 
-from lic.pipeline.codec import Decoded, Encoded, decode_rgb, encode_rgb
+from lic.pipeline.codec import Decoded, Encoded, decode_rgb, decode_rgbs, encode_rgb, encode_rgbs
 
-__all__ = ["Decoded", "Encoded", "decode_rgb", "encode_rgb"]
+__all__ = ["Decoded", "Encoded", "decode_rgb", "decode_rgbs", "encode_rgb", "encode_rgbs"]

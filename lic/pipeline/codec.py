@@ -1,4 +1,7 @@
-"""Encoding and decoding of the colour of one picture, RGB or gray."""
+"""Encoding and decoding of the colour of pictures, RGB or gray.
+
+Pictures of one padded grid, that is with the same sides in units of 64 pixels, can go through the networks together.
+"""
 
 from __future__ import annotations
 
@@ -61,9 +64,10 @@ class SymbolChecks:
     def __init__(self) -> None:
         self.crc, self._sha = 0, hashlib.sha256()
 
-    def add(self, latents: Latents) -> None:
+    def add(self, latents: Latents, index: int = 0) -> None:
+        """The tile with this index in its batch."""
         for tensor in (latents.z, latents.y):
-            data = tensor[0].permute(2, 0, 1).to(torch.int32).cpu().contiguous().numpy().astype("<i4").tobytes()
+            data = tensor[index].permute(2, 0, 1).to(torch.int32).cpu().contiguous().numpy().astype("<i4").tobytes()
             self.crc = zlib.crc32(data, self.crc)
             self._sha.update(data)
 
@@ -88,11 +92,9 @@ def encode_rgb(
     that would probably end later.
     """
     began = time.monotonic()
-    height, width, _ = rgb.shape
-    code = torch.tensor([float(quality_code)], device=model.device)
-    grid = _geometry(width, height)
-    tile = TILE if grid.height * grid.width * DOWNSAMPLING**2 > LARGEST_TILE else 0
-    boxes = list(latent_boxes(width, height, tile))
+    code = _code_tensor(model, [quality_code])
+    grid = _one_grid([(rgb.shape[1], rgb.shape[0])])
+    tile, boxes = _tiles_of(grid)
     passes = EFFORTS[effort].passes
     # The work of a pass is about that of coding everything once; coding is done twice if there are passes.
     units = len(boxes) * (1 if passes == 0 else 2 + passes + 1)
@@ -101,8 +103,8 @@ def encode_rgb(
         if progress is not None:
             progress(done, units)
 
-    y = windows.analysis(model.net, rgb, grid, code)
-    encoded, known = _coded(model, rgb, quality_code, tile, boxes, y, None, report)
+    y = windows.analysis(model.net, [rgb], grid, code)
+    (encoded,), known = _coded(model, [rgb], [quality_code], tile, boxes, y, None, report)
     if passes == 0:
         return encoded
     coded_once = time.monotonic() - began
@@ -122,10 +124,43 @@ def encode_rgb(
             is_over=is_over,
             progress=lambda done: report(len(boxes) * (1 + done)),
         )
-    better, _ = _coded(model, rgb, quality_code, tile, boxes, *found, lambda done: report(units - len(boxes) + done))
+    (better,), _ = _coded(
+        model, [rgb], [quality_code], tile, boxes, *found, lambda done: report(units - len(boxes) + done)
+    )
     best = min(encoded, better, key=lambda e: _cost(e, rgb))
     header = replace(best.container.header, effort=effort)
     return replace(best, container=replace(best.container, header=header))
+
+
+@torch.no_grad()
+def encode_rgbs(model: LoadedModel, rgbs: Sequence[np.ndarray], quality_codes: Sequence[int]) -> list[Encoded]:
+    """Encode pictures of one padded grid together, each as :func:`encode_rgb` does, at its own quality code.
+
+    Each is uint8 or uint16, (H, W, 3) or gray (H, W, 1). Its latents may differ from those that it has alone in the
+    last bits, and symbols with them. Raises ValueError if the padded grids differ.
+    """
+    grid = _one_grid([(rgb.shape[1], rgb.shape[0]) for rgb in rgbs])
+    y = windows.analysis(model.net, rgbs, grid, _code_tensor(model, quality_codes))
+    return _coded(model, rgbs, quality_codes, *_tiles_of(grid), y, None, lambda done: None)[0]
+
+
+def _one_grid(sizes: Sequence[tuple[int, int]]) -> Geometry:
+    """The padded grid of pictures of these widths and heights. Raises ValueError if they have several."""
+    grids = {_geometry(*size) for size in sizes}
+    if len(grids) != 1:
+        raise ValueError(f"pictures of {len(grids)} padded grids do not go through the networks together")
+    return grids.pop()
+
+
+def _tiles_of(grid: Geometry) -> tuple[int, list[Box]]:
+    """The side of the tiles that an encoder cuts pictures of a padded grid into, 0 for none, and their boxes."""
+    width, height = grid.width * DOWNSAMPLING, grid.height * DOWNSAMPLING
+    tile = TILE if width * height > LARGEST_TILE else 0
+    return tile, list(latent_boxes(width, height, tile))
+
+
+def _code_tensor(model: LoadedModel, quality_codes: Sequence[int]) -> Tensor:
+    return torch.tensor(quality_codes, dtype=torch.float32, device=model.device)
 
 
 def _cost(encoded: Encoded, rgb: np.ndarray) -> float:
@@ -137,50 +172,59 @@ def _cost(encoded: Encoded, rgb: np.ndarray) -> float:
 
 def _coded(
     model: LoadedModel,
-    rgb: np.ndarray,
-    quality_code: int,
+    rgbs: Sequence[np.ndarray],
+    quality_codes: Sequence[int],
     tile: int,
     boxes: Sequence[Box],
     y: Tensor,
     z: Tensor | None,
     report: Callable[[int], None],
-) -> tuple[Encoded, tuple[Tensor, Tensor]]:
-    """Code latents y (1, h, w, M): integers with the integers z, or not rounded, without z.
+) -> tuple[list[Encoded], tuple[Tensor, Tensor]]:
+    """Code latents y (B, h, w, M) of pictures of one padded grid: integers with the integers z, or not rounded.
 
     Also returns the integers y and z that were coded. ``report`` is told how many tiles are done.
     """
-    height, width, channels = rgb.shape
-    net = model.net
-    code = torch.tensor([float(quality_code)], device=model.device)
+    net, batch = model.net, len(rgbs)
+    code = _code_tensor(model, quality_codes)
     integers = torch.empty_like(y)
-    hyper = y.new_empty(1, y.shape[1] // 4, y.shape[2] // 4, net.config.hyper_latent)
+    hyper = y.new_empty(batch, y.shape[1] // 4, y.shape[2] // 4, net.config.hyper_latent)
     dequantised = torch.empty_like(y)
-    checks, bits, tiles = SymbolChecks(), 0.0, []
+    checks = [SymbolChecks() for _ in rgbs]
+    bits = [0.0] * batch
+    tiles: list[list[tuple[bytes, ...]]] = [[] for _ in rgbs]
     for done, (geometry, rows, columns) in enumerate(boxes):
         at, at_z = (slice(None), rows, columns), (slice(None), quarter(rows), quarter(columns))
         known_z = torch.round(net.hyper_analysis(y[at], code)) if z is None else z[at_z]
-        writer = Writer()
-        coded = code_tiles(model, geometry, [quality_code], [writer], Latents(known_z, y[at], rounded=z is not None))
-        checks.add(coded.latents)
-        bits += float(coded.estimated_bits[0])
-        tiles.append(tuple(writer.streams))
+        writers = [Writer() for _ in rgbs]
+        known = Latents(known_z, y[at], rounded=z is not None)
+        coded = code_tiles(model, replace(geometry, batch=batch), quality_codes, writers, known)
+        for b, estimated_bits in enumerate(coded.estimated_bits.tolist()):
+            checks[b].add(coded.latents, b)
+            bits[b] += estimated_bits
+            tiles[b].append(tuple(writers[b].streams))
         integers[at], hyper[at_z], dequantised[at] = coded.latents.y, coded.latents.z, coded.dequantised
         report(done + 1)
-    header = Header(
-        width=width,
-        height=height,
-        quality=quality_code,
-        model=model.info.name,
-        entropy_id=model.info.entropy_id,
-        synthesis_id=model.info.synthesis_id,
-        tile=tile,
-        streams=len(tiles[0]),
-        symbols_crc=checks.crc,
-        gray=channels == 1,
-        deep=rgb.dtype == np.uint16,
-    )
-    pixels = _pixels(model, dequantised, code, header, 16 if header.deep else 8)
-    return Encoded(Container(header, tuple(tiles)), pixels, bits, checks.hexdigest()), (integers, hyper)
+    containers = []
+    for rgb, quality_code, check, streams in zip(rgbs, quality_codes, checks, tiles, strict=True):
+        header = Header(
+            width=rgb.shape[1],
+            height=rgb.shape[0],
+            quality=quality_code,
+            model=model.info.name,
+            entropy_id=model.info.entropy_id,
+            synthesis_id=model.info.synthesis_id,
+            tile=tile,
+            streams=len(streams[0]),
+            symbols_crc=check.crc,
+            gray=rgb.shape[2] == 1,
+            deep=rgb.dtype == np.uint16,
+        )
+        containers.append(Container(header, tuple(streams)))
+    headers = [container.header for container in containers]
+    pixels = _pixels(model, dequantised, headers, [16 if header.deep else 8 for header in headers], None)
+    hashes = [check.hexdigest() for check in checks]
+    encoded = [Encoded(*parts) for parts in zip(containers, pixels, bits, hashes, strict=True)]
+    return encoded, (integers, hyper)
 
 
 @torch.no_grad()
@@ -202,57 +246,93 @@ def decode_rgb(
     Raises CorruptError if the symbols are not those that were coded; for a region only where a stream does not decode.
     A preview raises it if a tile has fewer groups than asked for, and with "auto" if no tile has any.
     """
-    header, net = container.header, model.net
-    if (header.entropy_id, header.synthesis_id) != (model.info.entropy_id, model.info.synthesis_id):
-        raise UnsupportedError(f"made with other weights: {header.model} {header.entropy_id.hex()}")
-    code = torch.tensor([float(header.quality)], device=model.device)
-    full = _geometry(header.width, header.height)
-    if header.streams != 1 + net.context.schedule.stream_of(net.context.schedule.steps(full) - 1) + 1:
-        raise CorruptError(f"damaged: {header.streams} streams do not fit the model {header.model}")
-    region = region or Region(0, 0, header.width, header.height)
-    area = _latents_of(region)
+    return _decoded(model, [container], [bits], region, preview, progress)[0]
+
+
+@torch.no_grad()
+def decode_rgbs(model: LoadedModel, containers: Sequence[Container], bits: Sequence[int]) -> list[Decoded]:
+    """Decode containers of one padded grid and one tile size together, each as :func:`decode_rgb` does, to its bits.
+
+    The symbols are the same as alone. Raises what :func:`decode_rgb` raises if that is so for any of them, and
+    ValueError if the padded grids or tile sizes differ.
+    """
+    return _decoded(model, containers, bits, None, None, None)
+
+
+def _decoded(
+    model: LoadedModel,
+    containers: Sequence[Container],
+    bits: Sequence[int],
+    region: Region | None,
+    preview: Preview | None,
+    progress: Progress | None,
+) -> list[Decoded]:
+    """The body of :func:`decode_rgb` and :func:`decode_rgbs`; ``region`` and ``preview`` are for one container only."""
+    net, headers = model.net, [container.header for container in containers]
+    full = _one_grid([(header.width, header.height) for header in headers])
+    first = headers[0]
+    if any(header.tile != first.tile for header in headers):
+        raise ValueError("pictures of several tile sizes do not go through the networks together")
+    for header in headers:
+        if (header.entropy_id, header.synthesis_id) != (model.info.entropy_id, model.info.synthesis_id):
+            raise UnsupportedError(f"made with other weights: {header.model} {header.entropy_id.hex()}")
+        if header.streams != 1 + net.context.schedule.stream_of(net.context.schedule.steps(full) - 1) + 1:
+            raise CorruptError(f"damaged: {header.streams} streams do not fit the model {header.model}")
+    area = windows.Area(0, 0, full.height, full.width) if region is None else _latents_of(region)
     given = windows.input_of(net, area, full)
     needed = given if net.config.non_local_heads else area.grown(windows.HALO, full)
     tiles = []
-    for (geometry, rows, columns), streams in zip(
-        latent_boxes(header.width, header.height, header.tile), container.tiles, strict=True
+    for (geometry, rows, columns), *streams in zip(
+        latent_boxes(first.width, first.height, first.tile), *(container.tiles for container in containers), strict=True
     ):
         box = windows.Area(rows.start, columns.start, rows.stop, columns.stop)
         if box.overlap(needed):
-            tiles.append((geometry, box, streams))
+            tiles.append((replace(geometry, batch=len(containers)), box, streams))
     size = (given.bottom - given.top, given.right - given.left)
-    dequantised = torch.zeros(1, *size, net.config.latent, device=model.device)
-    checks, groups = SymbolChecks(), []
+    dequantised = torch.zeros(len(containers), *size, net.config.latent, device=model.device)
+    checks, groups = [SymbolChecks() for _ in containers], []
     for done, (geometry, box, streams) in enumerate(tiles):
-        coded, count = _read_tile(model, geometry, header, streams, preview)
+        coded, count = _read_tiles(model, geometry, headers, streams, preview)
         groups.append(count)
         if coded is not None:
-            checks.add(coded.latents)
+            for b, check in enumerate(checks):
+                check.add(coded.latents, b)
             part = box.overlap(given)
             assert part is not None  # what is needed is part of what is given
             part.of(dequantised, given).copy_(part.of(coded.dequantised, box))
         if progress:
             progress(done + 1, len(tiles))
-    all_symbols = len(tiles) == len(container.tiles) and min(groups) == header.streams - 1
-    sound = all_symbols and checks.crc == header.symbols_crc
-    if all_symbols and not sound and preview is None:
+    all_symbols = len(tiles) == len(containers[0].tiles) and min(groups) == first.streams - 1
+    sound = [all_symbols and check.crc == header.symbols_crc for check, header in zip(checks, headers, strict=True)]
+    if all_symbols and not all(sound) and preview is None:
         raise CorruptError("the decoded symbols fail their checksum: damaged, or this machine computes differently")
     if not any(groups):
         raise CorruptError("no group is whole: there is nothing to show")
-    pixels = _pixels(model, dequantised, code, header, bits, region)
+    pictures = _pixels(model, dequantised, headers, bits, region)
+    origin = region or Region(0, 0, first.width, first.height)
     for (_, box, _), count in zip(tiles, groups, strict=True):
         if not count:
-            gray = 2 ** (bits - 1)
-            pixels[_pixels_of(box.top, box.bottom, region.y), _pixels_of(box.left, box.right, region.x)] = gray
-    return Decoded(pixels, checks.hexdigest() if sound else None, all_symbols, tuple(groups))
+            rows, columns = _pixels_of(box.top, box.bottom, origin.y), _pixels_of(box.left, box.right, origin.x)
+            pictures[0][rows, columns] = 2 ** (bits[0] - 1)
+    return [
+        Decoded(pixels, check.hexdigest() if is_sound else None, all_symbols, tuple(groups))
+        for pixels, check, is_sound in zip(pictures, checks, sound, strict=True)
+    ]
 
 
-def _read_tile(
-    model: LoadedModel, geometry: Geometry, header: Header, streams: tuple[bytes, ...], preview: Preview | None
+def _read_tiles(
+    model: LoadedModel,
+    geometry: Geometry,
+    headers: Sequence[Header],
+    streams_of: Sequence[tuple[bytes, ...]],
+    preview: Preview | None,
 ) -> tuple[CodedTiles | None, int]:
-    """A tile and how many groups of it are decoded; None and 0 if that is none."""
+    """A tile of each picture and how many groups of it are decoded; None and 0 if that is none. A preview is of one."""
     if preview is None:
-        return code_tiles(model, geometry, [header.quality], [Reader(streams)], None), len(streams) - 1
+        readers = [Reader(streams) for streams in streams_of]
+        codes = [header.quality for header in headers]
+        return code_tiles(model, geometry, codes, readers, None), headers[0].streams - 1
+    (header,), (streams,) = headers, streams_of
     if preview != "auto":
         wanted = min(preview, header.streams - 1)
         if len(streams) <= wanted:
@@ -271,14 +351,24 @@ def _read_tile(
 
 
 def _pixels(
-    model: LoadedModel, dequantised: Tensor, code: Tensor, header: Header, bits: int, region: Region | None = None
-) -> np.ndarray:
-    """The pixels of a region, or of the whole picture, from the latents that its windows are given."""
-    region = region or Region(0, 0, header.width, header.height)
-    area, grid = _latents_of(region), _geometry(header.width, header.height)
-    pixels = windows.synthesis(model.net, dequantised, code, gray=header.gray, bits=bits, grid=grid, area=area)
-    top, left = region.y - area.top * DOWNSAMPLING, region.x - area.left * DOWNSAMPLING
-    return pixels[0, top : top + region.height, left : left + region.width].cpu().numpy()
+    model: LoadedModel,
+    dequantised: Tensor,
+    headers: Sequence[Header],
+    bits: Sequence[int],
+    region: Region | None,
+) -> list[np.ndarray]:
+    """The pixels of a region, or of the whole of each picture, from the latents that its windows are given."""
+    grid = _geometry(headers[0].width, headers[0].height)
+    area = windows.Area(0, 0, grid.height, grid.width) if region is None else _latents_of(region)
+    code = _code_tensor(model, [header.quality for header in headers])
+    samples = [windows.Samples(header.gray, depth) for header, depth in zip(headers, bits, strict=True)]
+    pictures = windows.synthesis(model.net, dequantised, code, samples, grid=grid, area=area)
+    found = []
+    for header, pixels in zip(headers, pictures, strict=True):
+        wanted = region or Region(0, 0, header.width, header.height)
+        top, left = wanted.y - area.top * DOWNSAMPLING, wanted.x - area.left * DOWNSAMPLING
+        found.append(pixels[top : top + wanted.height, left : left + wanted.width].cpu().numpy())
+    return found
 
 
 def _latents_of(region: Region) -> windows.Area:

@@ -133,9 +133,10 @@ def code_tiles(
 
     def code_part(stream: int, rows: Tensor, tables: Tables, given: Tensor | None, last: bool) -> Tensor:
         """The next values (B, ...) of one stream of each tile."""
+        all_given = [None] * len(symbols) if given is None else _integers(given)
         values = [
-            coder.code(stream, _integers(rows[b]), tables, None if given is None else _integers(given[b]), last=last)
-            for b, coder in enumerate(symbols)
+            coder.code(stream, its_rows, tables, its_given, last=last)
+            for coder, its_rows, its_given in zip(symbols, _integers(rows), all_given, strict=True)
         ]
         return torch.from_numpy(np.stack(values)).to(device).reshape(rows.shape)
 
@@ -182,5 +183,6 @@ def code_tiles(
     return CodedTiles(Latents(z, y, rounded=True), dequantised, bits)
 
 
-def _integers(x: Tensor) -> np.ndarray:
-    return x.reshape(-1).to(torch.int32).cpu().numpy()
+def _integers(x: Tensor) -> list[np.ndarray]:
+    """Of each tile, int32 (N,)."""
+    return list(x.reshape(len(x), -1).to(torch.int32).cpu().numpy())

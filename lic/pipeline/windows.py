@@ -7,7 +7,7 @@ and end at multiples of their blocks or at the border of the image, so that no b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,13 @@ from lic.model.non_local import BLOCK
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
 HALO = 8  # in latent positions; the transforms of `base` reach 6 (docs/architecture.md)
+
+
+class Samples(NamedTuple):
+    """What a picture's samples are: one channel or three, of 8 or 16 bits."""
+
+    gray: bool = False
+    bits: int = 8
 
 
 class Area(NamedTuple):
@@ -46,7 +53,7 @@ class Area(NamedTuple):
         return common if common.top < common.bottom and common.left < common.right else None
 
     def of(self, y: Tensor, origin: Area) -> Tensor:
-        """This area of latents (1, h, w, M) that begin where ``origin`` begins; a view."""
+        """This area of latents (B, h, w, M) that begin where ``origin`` begins; a view."""
         rows = slice(self.top - origin.top, self.bottom - origin.top)
         return y[:, rows, self.left - origin.left : self.right - origin.left]
 
@@ -77,48 +84,62 @@ def _windows(
         yield max(start, first), min(end, last), max(0, start - halo), min(size, end + halo)
 
 
-def analysis(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor) -> Tensor:
-    """g_a over windows, edges continued to the latent grid -> latents (1, h, w, M), not rounded.
+def analysis(net: CodecModel, pictures: Sequence[np.ndarray], grid: Geometry, code: Tensor) -> Tensor:
+    """g_a over windows, edges continued to the latent grid -> latents (B, h, w, M), not rounded.
 
-    ``pixels``: uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels.
+    ``pictures``: B, each uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels,
+    and no larger than ``grid``; ``code``: their quality codes, (B,).
     """
-    n = DOWNSAMPLING
-    height, width, _ = pixels.shape
-    white = np.iinfo(pixels.dtype).max
-    y = torch.empty(1, grid.height, grid.width, net.config.latent, device=code.device)
+    y = torch.empty(len(pictures), grid.height, grid.width, net.config.latent, device=code.device)
     for top, bottom, above, below in _windows(net, grid.height):
-        rows = np.arange(above * n, below * n).clip(max=height - 1)
         for left, right, before, after in _windows(net, grid.width):
-            columns = np.arange(before * n, after * n).clip(max=width - 1)
-            window = torch.from_numpy(pixels[rows[:, None], columns]).to(code.device)
-            part = net.analysis(window.float().expand(1, -1, -1, 3) / white - 0.5, code)
+            window = Area(above, before, below, after)
+            part = net.analysis(torch.stack([_pixels(picture, window, code.device) for picture in pictures]), code)
             y[:, top:bottom, left:right] = part[:, top - above : bottom - above, left - before : right - before]
     return y
+
+
+def _pixels(picture: np.ndarray, window: Area, device: torch.device) -> Tensor:
+    """A window as the network sees it: (16·h, 16·w, 3) in [-0.5, 0.5], the picture's edges continued."""
+    n = DOWNSAMPLING
+    height, width, _ = picture.shape
+    rows = np.arange(window.top * n, window.bottom * n).clip(max=height - 1)
+    columns = np.arange(window.left * n, window.right * n).clip(max=width - 1)
+    pixels = torch.from_numpy(picture[rows[:, None], columns]).to(device)
+    return pixels.float().expand(-1, -1, 3) / np.iinfo(picture.dtype).max - 0.5
 
 
 def synthesis(
     net: CodecModel,
     y: Tensor,
     code: Tensor,
+    samples: Sequence[Samples],
     *,
-    gray: bool = False,
-    bits: int = 8,
     grid: Geometry | None = None,
     area: Area | None = None,
-) -> Tensor:
-    """g_s over windows: latents (1, h, w, M) -> pixels (1, 16·h, 16·w, 3), uint8, or uint16 with ``bits`` = 16.
+) -> list[Tensor]:
+    """g_s over windows: latents (B, h, w, M) -> pixels of each picture, (16·h, 16·w, 3), or (16·h, 16·w, 1) if gray.
 
-    ``gray``: one channel, the mean of the network's three. With ``area`` of a picture's ``grid`` only the pixels of
-    this area, from its :func:`input_of`, in the windows that the whole picture has there. They depend on no latent that
-    is more than the halo away from them.
+    ``code``: quality codes, (B,). ``samples``: what each picture is to be, uint8 or uint16; the one channel of gray is
+    the mean of the network's three. With ``area`` of the pictures' ``grid`` only the pixels of this area, from its
+    :func:`input_of`, in the windows that the whole pictures have there. They depend on no latent that is more than the
+    halo away from them.
     """
     grid = grid or Geometry(1, y.shape[1], y.shape[2])
     area = area or Area(0, 0, grid.height, grid.width)
     origin = input_of(net, area, grid)
     n = DOWNSAMPLING
-    white, dtype = 2**bits - 1, torch.uint8 if bits == 8 else torch.uint16
     height, width = area.bottom - area.top, area.right - area.left
-    x = torch.empty(1, height * n, width * n, 1 if gray else 3, dtype=dtype, device=y.device)
+    pictures = [
+        torch.empty(
+            height * n,
+            width * n,
+            1 if gray else 3,
+            dtype=torch.uint8 if bits == 8 else torch.uint16,
+            device=y.device,
+        )
+        for gray, bits in samples
+    ]
 
     def within(pixels: Tensor, axis: int, start: int, first: int, last: int) -> Tensor:
         return pixels.narrow(axis, (first - start) * n, (last - first) * n)
@@ -126,12 +147,13 @@ def synthesis(
     for top, bottom, above, below in _windows(net, grid.height, area.top, area.bottom):
         for left, right, before, after in _windows(net, grid.width, area.left, area.right):
             part = net.synthesis(Area(above, before, below, after).of(y, origin), code)
-            inside = within(within(part, 1, above, top, bottom), 2, before, left, right)
-            if gray:
-                inside = inside.mean(-1, keepdim=True)
-            pixels = ((inside + 0.5) * white).round().clamp(0, white).to(dtype)
-            within(within(x, 1, area.top, top, bottom), 2, area.left, left, right).copy_(pixels)
-    return x
+            parts = within(within(part, 1, above, top, bottom), 2, before, left, right)
+            for picture, inside, (gray, bits) in zip(pictures, parts, samples, strict=True):
+                white = 2**bits - 1
+                pixels = ((inside.mean(-1, keepdim=True) if gray else inside) + 0.5) * white
+                pixels = pixels.round().clamp(0, white).to(picture.dtype)
+                within(within(picture, 0, area.top, top, bottom), 1, area.left, left, right).copy_(pixels)
+    return pictures
 
 
 def squared_error(
