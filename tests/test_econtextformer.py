@@ -262,7 +262,9 @@ class Specified(oracle.Model):
                     for distance in (r - row2[near], c - column2[near]):
                         entry = entry * (2 * side - 1) + distance + side - 1
                     biases.append(self.arrays[f"{name}.bias"][entry])
-                parts = [self._heads(t) for t in (q.x[number][None], np.concatenate(keys), np.concatenate(values))]
+                heads = self.options["heads"]
+                tokens = (q.x[number][None], np.concatenate(keys), np.concatenate(values))
+                parts = [self._heads(t, heads) for t in tokens]
                 bias = np.concatenate(biases).T[:, None]
                 y[number] = oracle.attend(*parts, q.bits, k.bits, bias).swapaxes(0, 1).ravel()
         past.append((place, window, k.x, v.x))
