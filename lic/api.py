@@ -18,7 +18,7 @@ from lic.errors import CorruptError, LicError, UnsupportedError, UsageError
 from lic.grouping import CPU_PIXELS, CUDA_PIXELS, Size, in_batches, padded_size
 from lic.images import Picture, psnr, samples_at_bits
 from lic.part import Preview, Region, preview_of, region_of
-from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, code_of, quality_of
+from lic.quality import DEFAULT_EFFORT, DEFAULT_QUALITY, MAX_EFFORT, TUNES, Tune, code_of, quality_of
 from lic.rate import Target, search
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ class Codec:
         quality: float | None = ...,
         *,
         target: Target | None = ...,
-        effort: int = ...,
+        tune: Tune = ...,
+        effort: int | None = ...,
         effort_seconds: float | None = ...,
         strip: bool = ...,
     ) -> bytes: ...
@@ -156,7 +157,8 @@ class Codec:
         quality: float | None = ...,
         *,
         target: Target | None = ...,
-        effort: int = ...,
+        tune: Tune = ...,
+        effort: int | None = ...,
         effort_seconds: float | None = ...,
         strip: bool = ...,
     ) -> list[bytes]: ...
@@ -166,7 +168,8 @@ class Codec:
         quality: float | None = None,
         *,
         target: Target | None = None,
-        effort: int = 0,
+        tune: Tune = "psnr",
+        effort: int | None = None,
         effort_seconds: float | None = None,
         strip: bool = False,
     ) -> bytes | list[bytes]:
@@ -179,23 +182,25 @@ class Codec:
         ``image``: of Pillow's, in any mode but F, upright or with an EXIF orientation, which is applied; or
         uint8 or uint16 of shape (H, W) for gray or (H, W, 1..4) for gray, gray and alpha, RGB, RGB and alpha.
         ``quality`` is 0..100, 40 by default; ``target`` is a size, rate or PSNR instead, for which several
-        encodings are tried. ``effort``, 0..9, is how long to look for a smaller file at the same quality
-        (docs/effort.md); ``effort_seconds`` bounds that time for each picture. A Pillow picture's colour profile,
-        EXIF and XMP are kept, unless ``strip``. Raises UsageError for other qualities or efforts and for a quality
-        beside a target, LicError for other pictures, a target out of reach, a model that is not installed or a
-        device that is not there.
+        encodings are tried. ``tune`` is the measure to be good in, squared error or MS-SSIM. ``effort``, 0..9, is how
+        long to look for a smaller file at the same quality (docs/effort.md), by default 0, or 6 for MS-SSIM, which is
+        tuned for by that search alone and needs 1 at least; ``effort_seconds`` bounds that time for each picture. A
+        Pillow picture's colour profile, EXIF and XMP are kept, unless ``strip``. Raises UsageError for other qualities,
+        tunes or efforts and for a quality beside a target, LicError for other pictures, a target out of reach, a model
+        that is not installed or a device that is not there.
         """
         options: dict[str, Any] = {
             "target": target,
+            "tune": tune,
             "effort": effort,
             "effort_seconds": effort_seconds,
             "strip": strip,
         }
         if isinstance(image, Image.Image | np.ndarray | Picture | str | bytes):  # the last two are refused there
             return self.encode_result(image, quality, **options).data
-        if target is not None or effort != 0:
+        code, level = _checked_options(quality, target, tune, effort, effort_seconds)
+        if target is not None or level != 0:
             return [self.encode_result(one, quality, **options).data for one in image]
-        code = _checked_options(quality, target, effort, effort_seconds)
 
         def prepare(one: AnyPicture) -> tuple[None, Size, _ToEncode]:
             source = self._to_encode(one, strip)
@@ -299,7 +304,8 @@ class Codec:
         quality: float | None = None,
         *,
         target: Target | None = None,
-        effort: int = 0,
+        tune: Tune = "psnr",
+        effort: int | None = None,
         effort_seconds: float | None = None,
         strip: bool = False,
         progress: Progress | None = None,
@@ -308,21 +314,23 @@ class Codec:
 
         ``progress(done, total)`` is called now and then; with a target, from the start for every encoding.
         """
-        code = _checked_options(quality, target, effort, effort_seconds)
+        code, level = _checked_options(quality, target, tune, effort, effort_seconds)
         source = self._to_encode(image, strip)
         model = self.load_encoder()
         from lic import pipeline
 
-        def encode_at(code: int, effort: int = effort, seconds: float | None = effort_seconds) -> EncodeResult:
+        def encode_at(code: int, effort: int = level, seconds: float | None = effort_seconds) -> EncodeResult:
             limit = math.inf if seconds is None else seconds
-            encoded = pipeline.encode_rgb(model, source.colour, code, effort=effort, seconds=limit, progress=progress)
+            encoded = pipeline.encode_rgb(
+                model, source.colour, code, effort=effort, tune=tune, seconds=limit, progress=progress
+            )
             return source.result(encoded, effort)
 
         if target is None:
             return encode_at(code)
         value_of = (lambda result: result.psnr) if target.kind == "psnr" else (lambda result: len(result.data))
         pixels = source.picture.width * source.picture.height
-        if effort == 0:
+        if level == 0:
             found = search(encode_at, value_of, target, pixels)
         else:
             # Where it lies without effort is cheap to know, and near.
@@ -330,7 +338,7 @@ class Codec:
             seconds = None
             if effort_seconds is not None:
                 seconds = max(0.0, effort_seconds - (time.perf_counter() - source.start)) / _TRIES_WITH_EFFORT
-            found = search(lambda code: encode_at(code, effort, seconds), value_of, target, pixels, first=near.code)
+            found = search(lambda code: encode_at(code, level, seconds), value_of, target, pixels, first=near.code)
         return replace(found.result, seconds=time.perf_counter() - source.start)
 
     def decode_result(
@@ -441,7 +449,8 @@ def encode(
     quality: float | None = None,
     *,
     target: Target | None = None,
-    effort: int = 0,
+    tune: Tune = "psnr",
+    effort: int | None = None,
     effort_seconds: float | None = None,
     strip: bool = False,
     model: str = DEFAULT_MODEL,
@@ -452,7 +461,9 @@ def encode(
     For several, a Codec loads the model once.
     """
     codec = Codec(model, device)
-    return codec.encode(image, quality, target=target, effort=effort, effort_seconds=effort_seconds, strip=strip)
+    return codec.encode(
+        image, quality, target=target, tune=tune, effort=effort, effort_seconds=effort_seconds, strip=strip
+    )
 
 
 def decode(
@@ -474,16 +485,23 @@ def info(data: bytes) -> Info:
     return info_of(_checked(data))
 
 
-def _checked_options(quality: float | None, target: Target | None, effort: int, effort_seconds: float | None) -> int:
-    """The quality code of the options of :meth:`Codec.encode`. Raises UsageError."""
+def _checked_options(
+    quality: float | None, target: Target | None, tune: Tune, effort: int | None, effort_seconds: float | None
+) -> tuple[int, int]:
+    """The quality code and the effort of the options of :meth:`Codec.encode`. Raises UsageError."""
     if quality is not None and target is not None:
         raise UsageError("a quality and a target exclude each other")
+    if tune not in TUNES:
+        raise UsageError(f"tune must be one of {', '.join(TUNES)}, not {tune!r}")
+    effort = DEFAULT_EFFORT[tune] if effort is None else effort
     if effort not in range(MAX_EFFORT + 1):
         raise UsageError(f"effort must be a whole number from 0 to {MAX_EFFORT}, not {effort}")
+    if tune != "psnr" and effort == 0:
+        raise UsageError(f"tuning for {tune} is what effort does: it must be 1 at least")
     if effort_seconds is not None and not effort_seconds >= 0:  # also refuses NaN
         raise UsageError(f"the seconds of an effort must not be negative: {effort_seconds}")
     try:
-        return code_of(DEFAULT_QUALITY if quality is None else quality)
+        return code_of(DEFAULT_QUALITY if quality is None else quality), effort
     except ValueError as error:
         raise UsageError(str(error)) from None
 

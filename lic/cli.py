@@ -27,7 +27,7 @@ from lic.errors import LicError, UsageError
 from lic.options import Command, device_options, option, set_up_logging, verbosity_options
 from lic.outcome import Outcome, Report, failure_of, log, shows_progress
 from lic.part import Preview, Region, parse_preview, parse_region
-from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, code_of
+from lic.quality import DEFAULT_EFFORT, DEFAULT_QUALITY, MAX_EFFORT, TUNES, Tune, code_of
 from lic.rate import Target, parse_size
 
 if TYPE_CHECKING:
@@ -311,12 +311,19 @@ in one step when they are complete. More in docs/recipes.md.
 @option("Coding", "--target-psnr", type=float, metavar="DB", help="PSNR of the decoded picture, met from above.")
 @option(
     "Coding",
+    "--tune",
+    type=click.Choice(TUNES),
+    default=TUNES[0],
+    show_default=True,
+    help="Measure to be good in: squared error, or structure as MS-SSIM sees it.",
+)
+@option(
+    "Coding",
     "--effort",
     type=click.IntRange(0, MAX_EFFORT),
-    default=0,
-    show_default=True,
     metavar="0..9",
-    help="How long to look for a smaller file of the same quality; decoding takes no longer.",
+    help="How long to look for a smaller file of the same quality; decoding takes no longer."
+    f"  [default: {DEFAULT_EFFORT['psnr']}, with --tune ms-ssim {DEFAULT_EFFORT['ms-ssim']}]",
 )
 @option(
     "Coding",
@@ -345,7 +352,8 @@ def encode(
     target_size: str | None,
     target_bpp: float | None,
     target_psnr: float | None,
-    effort: int,
+    tune: Tune,
+    effort: int | None,
     effort_seconds: float | None,
     model: str,
     strip: bool,
@@ -377,6 +385,7 @@ def encode(
     operation = Encode(
         quality=quality,
         target=target,
+        tune=tune,
         effort=effort,
         effort_seconds=effort_seconds,
         model=model,

@@ -8,7 +8,11 @@ An active coefficient of an orthonormal transform costs least at the step ``Δ =
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
+Tune = Literal["psnr", "ms-ssim"]  # what a file is to be good in, at its size
+TUNES: tuple[Tune, ...] = get_args(Tune)
+DEFAULT_EFFORT: dict[Tune, int] = {"psnr": 0, "ms-ssim": 6}
 MAX_CODE = 50_000  # 1/500 of a quality step: finer than any size target needs
 MIN_LAMBDA, MAX_LAMBDA = 0.0005, 1.0
 MAX_EFFORT = 9

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lic import files, stdio
 from lic.batch import STDIO, Job
 from lic.part import Preview, Region
-from lic.quality import quality_of
+from lic.quality import Tune, quality_of
 from lic.rate import Target
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Encode:
 
     quality: float | None
     target: Target | None
-    effort: int
+    tune: Tune
+    effort: int | None
     effort_seconds: float | None
     model: str
     strip: bool
@@ -57,6 +58,7 @@ class Encode:
             picture,
             self.quality,
             target=self.target,
+            tune=self.tune,
             effort=self.effort,
             effort_seconds=self.effort_seconds,
             progress=progress,
@@ -71,6 +73,7 @@ class Encode:
             "estimated_bytes": round(result.estimated_bits / 8, 1),
             "psnr": round(result.psnr, 2) if math.isfinite(result.psnr) else None,  # JSON has no infinity
             "quality": round(result.quality, 4),
+            "tune": self.tune,
             "effort": result.effort,
             "model": self.model,
             "seconds": round(result.seconds, 3),

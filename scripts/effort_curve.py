@@ -2,6 +2,8 @@
 
 Usage: python scripts/effort_curve.py PICTURES --output docs/results/effort.json [--set kodak] [--model base]
 
+With --tune ms-ssim, all levels but 0 are tuned for MS-SSIM, and BD-rates are those for MS-SSIM (another output file).
+
 Adds to what is in the output, so that sets, models and levels can be measured one after the other; what has been
 measured is not measured again. With --markdown it prints the tables of all that is there.
 """
@@ -20,7 +22,9 @@ from tqdm import tqdm
 
 import lic
 from lic.bench.bdrate import Curve, bd_rate
+from lic.bench.metrics import ms_ssim
 from lic.images import PICTURE_SUFFIXES
+from lic.quality import TUNES, Tune
 
 Results = dict[str, dict[str, Any]]
 
@@ -32,6 +36,7 @@ Results = dict[str, dict[str, Any]]
 @click.option("--model", default="base", show_default=True)
 @click.option("--efforts", default="0,1,3,5,7,9", show_default=True)
 @click.option("--qualities", default="20,45,70", show_default=True)
+@click.option("--tune", type=click.Choice(TUNES), default=TUNES[0], show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--markdown", is_flag=True)
@@ -42,6 +47,7 @@ def main(
     model: str,
     efforts: str,
     qualities: str,
+    tune: Tune,
     threads: int,
     device: str,
     markdown: bool,
@@ -54,25 +60,32 @@ def main(
     for effort, quality, path in tqdm(tasks, unit="encoding"):
         key = f"{name} {model} {threads} {effort} {quality:g} {path.stem}"
         if key not in results:
-            results[key] = measure(codec, path, quality, effort)
+            results[key] = measure(codec, path, quality, effort, tune)
             output.write_text(json.dumps(results, indent=0) + "\n")
     if markdown:
-        print(tables(results))
+        print(tables(results, "psnr" if tune == "psnr" else "ms_ssim"))
 
 
-def measure(codec: lic.Codec, path: Path, quality: float, effort: int) -> dict[str, float]:
-    """Rate, PSNR and seconds of one picture."""
+def measure(codec: lic.Codec, path: Path, quality: float, effort: int, tune: Tune) -> dict[str, float]:
+    """Rate, PSNR, MS-SSIM and seconds of one picture."""
     picture = Image.open(path).convert("RGB")
-    result = codec.encode_result(picture, quality, effort=effort)
+    result = codec.encode_result(picture, quality, tune=tune if effort else "psnr", effort=effort)
     start = time.perf_counter()
-    codec.decode(result.data)
+    decoded = codec.decode(result.data)
     seconds = time.perf_counter() - start
     bpp = 8 * len(result.data) / (picture.width * picture.height)
-    return {"bpp": bpp, "psnr": result.psnr, "encode": result.seconds, "decode": seconds}
+    similarity = ms_ssim(np.asarray(picture), np.asarray(decoded))
+    return {
+        "bpp": bpp,
+        "psnr": result.psnr,
+        "ms_ssim": similarity,
+        "encode": result.seconds,
+        "decode": seconds,
+    }
 
 
-def tables(results: Results) -> str:
-    """A table for each set and model: a row a level."""
+def tables(results: Results, metric: str) -> str:
+    """A table for each set and model: a row a level. BD-rates are for the metric."""
     points: dict[tuple[str, str, str], dict[int, dict[str, dict[float, dict[str, float]]]]] = {}
     for key, value in results.items():
         name, model, threads, effort, quality, picture = key.split(" ")
@@ -87,7 +100,9 @@ def tables(results: Results) -> str:
             "|---|---|---|---|---|",
         ]
         for effort, of_pictures in sorted(levels.items()):
-            gains = [bd_rate(_curve(levels[0][p]), _curve(v)) for p, v in of_pictures.items()] if effort else [0.0]
+            gains = [0.0]
+            if effort:
+                gains = [bd_rate(_curve(levels[0][p]), _curve(v), metric) for p, v in of_pictures.items()]
             seconds = {
                 k: np.mean([point[k] for v in of_pictures.values() for point in v.values()])
                 for k in ("encode", "decode")
@@ -103,7 +118,8 @@ def tables(results: Results) -> str:
 def _curve(points: dict[float, dict[str, float]]) -> Curve:
     """Of one picture, from its points by quality."""
     ordered = [points[quality] for quality in sorted(points)]
-    return Curve("", tuple(p["bpp"] for p in ordered), tuple(p["psnr"] for p in ordered))
+    rate, psnr, similarity = (tuple(p[k] for p in ordered if k in p) for k in ("bpp", "psnr", "ms_ssim"))
+    return Curve("", rate, psnr, similarity or None)
 
 
 if __name__ == "__main__":

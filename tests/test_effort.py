@@ -15,10 +15,13 @@ from PIL import Image
 
 import lic
 from lic import container
+from lic.bench import metrics
+from lic.bench.bdrate import Curve, bd_rate
 from lic.images import mse
 from lic.model import store
 from lic.model.context import Geometry
 from lic.pipeline import codec, decode_rgb, encode_rgb, windows
+from lic.pipeline.distortion import MsSsim, SquaredError, ms_ssim
 from lic.pipeline.optimise import EFFORTS
 from lic.quality import code_of, lambda_of
 
@@ -108,10 +111,10 @@ def test_slope_of_the_error_does_not_depend_on_the_windows(photo: np.ndarray, mo
     grid = Geometry(1, 24, 36)
     with torch.no_grad():
         y = torch.round(windows.analysis(net, [rgb], grid, code))
-        error, slope = windows.squared_error(net, y, code, rgb, with_slope=True)
-        assert windows.squared_error(net, y, code, rgb, with_slope=False) == (pytest.approx(error), None)
+        error, slope = windows.error(net, y, code, rgb, SquaredError(), with_slope=True)
+        assert windows.error(net, y, code, rgb, SquaredError(), with_slope=False) == (pytest.approx(error), None)
         monkeypatch.setattr(windows, "WINDOW", 16)
-        again, other = windows.squared_error(net, y, code, rgb, with_slope=True)
+        again, other = windows.error(net, y, code, rgb, SquaredError(), with_slope=True)
     assert again == pytest.approx(error, rel=1e-5)
     assert slope is not None and other is not None
     assert torch.allclose(slope, other, rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
@@ -170,3 +173,72 @@ def test_levels_rise() -> None:
     passes = [effort.passes for effort in EFFORTS]
     assert len(EFFORTS) == 10 and passes == sorted(passes) and passes[0] == 0
     assert [effort.with_context for effort in EFFORTS] == [False] * 4 + [True] * 6
+
+
+@pytest.mark.parametrize("size", [(1, 1, 3), (5, 300, 1), (64, 64, 3), (97, 130, 3), (200, 333, 3)])
+def test_ms_ssim_is_that_of_the_benchmark(size: tuple[int, int, int]) -> None:
+    random = np.random.default_rng(size[0])
+    a = random.integers(0, 256, size, dtype=np.uint8)
+    b = (a * 0.9 + random.normal(0, 9, size)).clip(0, 255).astype(np.uint8)
+    shown, seen = (torch.from_numpy(array.astype(np.float32)) for array in (b, a))
+    assert float(ms_ssim(shown, seen)) == pytest.approx(metrics.ms_ssim(b, a), abs=2e-4)
+
+
+def test_weight_for_ms_ssim_is_the_second_derivative(photo: np.ndarray) -> None:
+    """Of 1 - MS-SSIM at the picture itself, by differences, for latents that the bounds do not lift."""
+    shortcut = model_of().net.shortcut
+    pixels = torch.from_numpy(photo[:96, :128].astype(np.float32))
+    with torch.no_grad():
+        weight = MsSsim().weight(shortcut, pixels)
+        y = shortcut.analysis(pixels.unsqueeze(0) / 255)
+        whole = 255 * shortcut.synthesis(y)[0]
+        ratios = []
+        for channel in (0, 1, 5):
+            changed = y.clone()
+            changed[0, 3, 4, channel] += 4 / 255
+            error = MsSsim().error(255 * shortcut.synthesis(changed)[0], whole)
+            ratios.append(float(weight[0, 3, 4, channel]) / 3 * 16 / float(error))
+    assert min(ratios) > 0.5 and max(ratios) < 4
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-nlaic"])
+def test_tuned_for_ms_ssim(name: str, photo: np.ndarray) -> None:
+    """Fewer bits at more similarity, or about so, than tuned for squared error; and a file like any other."""
+    model = model_of(name)
+    tuned = [encode_rgb(model, photo, code_of(q), effort=6, tune="ms-ssim") for q in (40, 55, 70)]
+    for encoded in tuned:
+        decoded = decode_rgb(model, container.parse(container.pack(encoded.container)))
+        assert np.array_equal(decoded.rgb, encoded.reconstruction)
+    if name == "tiny":  # the other has random weights
+        plain = [encode_rgb(model, photo, code_of(q), effort=6) for q in (30, 50, 70)]
+        assert bd_rate(curve(plain, photo), curve(tuned, photo), "ms_ssim") < -3
+        assert bd_rate(curve(plain, photo), curve(tuned, photo), "psnr") > 0
+
+
+def curve(encoded: list[codec.Encoded], rgb: np.ndarray) -> Curve:
+    pixels = rgb.shape[0] * rgb.shape[1]
+    return Curve(
+        "",
+        tuple(8 * len(container.pack(e.container)) / pixels for e in encoded),
+        tuple(metrics.psnr(e.reconstruction, rgb) for e in encoded),
+        tuple(metrics.ms_ssim(e.reconstruction, rgb) for e in encoded),
+    )
+
+
+@pytest.mark.parametrize("rgb", [np.full((1, 1, 3), 9, np.uint8), np.zeros((70, 20, 1), np.uint16)], ids=["1", "black"])
+def test_tuned_for_ms_ssim_whatever_the_picture(rgb: np.ndarray) -> None:
+    bits = 16 if rgb.dtype == np.uint16 else 8
+    for quality in (0, 60, 100):
+        encoded = encode_rgb(model_of(), rgb, code_of(quality), effort=2, tune="ms-ssim")
+        assert np.array_equal(decode_rgb(model_of(), encoded.container, bits=bits).rgb, encoded.reconstruction)
+
+
+def test_tune_on_the_command_line(lic: Run, tmp_path: Path, photo: np.ndarray) -> None:
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    run = lic("encode", "--model", "tiny", "--tune", "ms-ssim", "--json", "a.png", "a.lic")
+    assert run.returncode == 0, run.stderr
+    facts = json.loads(run.stderr)
+    assert (facts["tune"], facts["effort"]) == ("ms-ssim", 6)
+    for wrong in (["--tune", "ssim"], ["--tune", "ms-ssim", "--effort", "0"]):
+        run = lic("encode", "--model", "tiny", "a.png", "b.lic", *wrong)
+        assert run.returncode == 2 and not (tmp_path / "b.lic").exists()

@@ -79,16 +79,27 @@ def test_loss_falls(photos: Path) -> None:
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
-def test_resumes_exactly(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "soap"])
+def test_resumes_exactly(optimizer: str, photos: Path, tmp_path: Path) -> None:
     source = pictures(photos)
     source.wait(64)
-    straight = fresh_trainer(source)
+    straight = fresh_trainer(source, replace(SETTINGS, optimizer=optimizer))
     first = take_steps(straight, source, 3)
     straight.save(tmp_path / "state.pt")
     second = take_steps(straight, source, 3)
     resumed = Trainer.restore(tmp_path / "state.pt", CPU)
     assert resumed.step == 3
     assert take_steps(resumed, source, 3) == second != first
+
+
+def test_precision_of_products(photos: Path) -> None:
+    source = pictures(photos)
+    source.wait(64)
+    single, half = (
+        take_steps(fresh_trainer(source, replace(SETTINGS, precision=precision)), source, 2)
+        for precision in ("float32", "bfloat16")
+    )
+    assert single != half and np.allclose(single, half, rtol=0.05)
 
 
 def test_frozen_part_keeps_the_linear_analysis(photos: Path) -> None:
@@ -260,7 +271,14 @@ def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "word"), [({"model": "none"}, "tiny"), ({"batch": 1}, "two crops"), ({"late_crop": 100}, "multiples")]
+    ("wrong", "word"),
+    [
+        ({"model": "none"}, "tiny"),
+        ({"batch": 1}, "two crops"),
+        ({"late_crop": 100}, "multiples"),
+        ({"optimizer": "sgd"}, "optimiser"),
+        ({"precision": "float16"}, "precision"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, object], word: str) -> None:
     with pytest.raises(LicError, match=word):

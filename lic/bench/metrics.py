@@ -17,11 +17,6 @@ Plane = NDArray[np.float64]  # (H, W)
 # any usual size reach otherwise (one sample of 10 megapixels wrong by one: 123 dB, of Kodak: 109 dB).
 MAX_PSNR = 130.0
 
-# Wang, Simoncelli and Bovik 2003: exponents of the five scales, window, stabilising constants.
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-WINDOW, SIGMA = 11, 1.5
-C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-
 
 def psnr(a: Pixels, b: Pixels) -> float:
     """PSNR in dB over all samples of two uint8 arrays; ``MAX_PSNR`` if they are equal.
@@ -59,24 +54,15 @@ def _check(a: Pixels, b: Pixels) -> None:
 
 def _ms_ssim_plane(a: Pixels, b: Pixels) -> float:
     x, y = a.astype(np.float64), b.astype(np.float64)
-    weights = MS_SSIM_WEIGHTS[: _scales(min(x.shape))]
-    total = sum(weights)
+    exponents = images.ms_ssim_exponents(min(x.shape))
     result = 1.0
-    for scale, weight in enumerate(weights):
+    for scale, exponent in enumerate(exponents):
         ssim, contrast = _ssim(x, y)
-        last = scale == len(weights) - 1
-        result *= max(ssim if last else contrast, 0.0) ** (weight * sum(MS_SSIM_WEIGHTS) / total)
+        last = scale == len(exponents) - 1
+        result *= max(ssim if last else contrast, 0.0) ** exponent
         if not last:
             x, y = _halve(x), _halve(y)
     return result
-
-
-def _scales(side: int) -> int:
-    """How many of the five scales still hold a whole window, at least one."""
-    count = 1
-    while count < len(MS_SSIM_WEIGHTS) and (side := (side + 1) // 2) >= WINDOW:
-        count += 1
-    return count
 
 
 def _ssim(x: Plane, y: Plane) -> tuple[float, float]:
@@ -85,16 +71,16 @@ def _ssim(x: Plane, y: Plane) -> tuple[float, float]:
     var_x = _blur(x * x) - mean_x**2
     var_y = _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
-    contrast = (2 * covariance + C2) / (var_x + var_y + C2)
-    luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
+    contrast = (2 * covariance + images.MS_SSIM_C2) / (var_x + var_y + images.MS_SSIM_C2)
+    luminance = (2 * mean_x * mean_y + images.MS_SSIM_C1) / (mean_x**2 + mean_y**2 + images.MS_SSIM_C1)
     return float(np.mean(luminance * contrast)), float(np.mean(contrast))
 
 
 def _blur(x: Plane) -> Plane:
     """Gaussian window at every position where it fits entirely (odd size, at most the picture)."""
     for axis in (0, 1):
-        radius = (min(WINDOW, x.shape[axis]) - 1) // 2
-        taps = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * SIGMA**2))
+        radius = (min(images.MS_SSIM_WINDOW, x.shape[axis]) - 1) // 2
+        taps = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * images.MS_SSIM_SIGMA**2))
         x = correlate1d(x, taps / taps.sum(), axis=axis)
         inside = slice(radius, x.shape[axis] - radius)
         x = x[inside] if axis == 0 else x[:, inside]

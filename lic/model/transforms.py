@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lic.exact import Fixed, Grid, QualityTable
@@ -32,11 +33,15 @@ class LappedShortcut(nn.Module):
 
     def analysis(self, x: Tensor) -> Tensor:
         """(B, H, W, 3) -> (B, H/16, W/16, M). The image is continued by mirroring."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._lapped(x) @ self.weight.T
+
+    def _lapped(self, x: Tensor) -> Tensor:
+        """What each latent's basis functions lie over, (B, H/16, W/16, 3072)."""
         x = _mirror(_mirror(x, 1), 2)
         blocks = space_to_depth(x, DOWNSAMPLING)  # (B, H/16 + 1, W/16 + 1, 768)
         four = [blocks[:, :-1, :-1], blocks[:, :-1, 1:], blocks[:, 1:, :-1], blocks[:, 1:, 1:]]
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.cat(four, dim=-1) @ self.weight.T
+        return torch.cat(four, dim=-1)
 
     def synthesis(self, y: Tensor) -> Tensor:
         """(B, h, w, M) -> (B, 16·h, 16·w, 3): overlap-add; what reaches over the border is folded back."""
@@ -47,6 +52,17 @@ class LappedShortcut(nn.Module):
         for part, (i, j) in zip(parts, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
             blocks[:, i : i + h, j : j + w] += part
         return _fold(_fold(depth_to_space(blocks, DOWNSAMPLING), 1), 2)
+
+    def energy(self, worth: Tensor, block: int) -> Tensor:
+        """Sum of worth·b² for each basis function b, averaged over ``block`` by ``block`` pixels: (B, h, w, M).
+
+        worth: of each sample, (B, 16·h, 16·w, 3).
+        """
+        n, size = DOWNSAMPLING, 2 * DOWNSAMPLING
+        basis = self.weight.view(-1, 2, 2, n, n, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size)
+        squares = F.avg_pool2d(basis, block).square().repeat_interleave(block, 2).repeat_interleave(block, 3)
+        squares = squares.view(-1, 3, 2, n, 2, n).permute(0, 2, 4, 3, 5, 1).reshape(self.weight.shape)
+        return self._lapped(worth) @ squares.T
 
     @torch.no_grad()
     def set_basis(self, covariance: np.ndarray) -> np.ndarray:

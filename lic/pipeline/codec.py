@@ -18,15 +18,15 @@ from torch import Tensor
 
 from lic.container import Container, Header, tile_boxes
 from lic.errors import CorruptError, UnsupportedError
-from lic.images import mse
 from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.store import LoadedModel
 from lic.part import Preview, Region
 from lic.pipeline import windows
+from lic.pipeline.distortion import DISTORTIONS
 from lic.pipeline.optimise import EFFORTS, Box, optimise, quarter
 from lic.pipeline.tile import CodedTiles, Latents, LeadingReader, Reader, Writer, code_tiles
-from lic.quality import lambda_of
+from lic.quality import Tune, lambda_of
 
 TILE = 1024  # side of the tiles of an image with more pixels than LARGEST_TILE, counted with its padding
 LARGEST_TILE = 1536 * 1536
@@ -82,14 +82,15 @@ def encode_rgb(
     quality_code: int,
     *,
     effort: int = 0,
+    tune: Tune = "psnr",
     seconds: float = math.inf,
     progress: Progress | None = None,
 ) -> Encoded:
     """Encode uint8 or uint16, (H, W, 3) or gray (H, W, 1), at a quality code of :mod:`lic.quality`.
 
     ``effort``, 0..9, is how long to look for integers that cost less (:mod:`lic.pipeline.optimise`); what comes out
-    has never more bits + λ·squared error than with effort 0. ``seconds`` bounds the time of the whole: no pass begins
-    that would probably end later.
+    has never more bits + λ·error than with effort 0. ``tune`` says what error is: with effort 0 it changes nothing.
+    ``seconds`` bounds the time of the whole: no pass begins that would probably end later.
     """
     began = time.monotonic()
     code = _code_tensor(model, [quality_code])
@@ -121,13 +122,14 @@ def encode_rgb(
             y,
             known,
             EFFORTS[effort],
+            DISTORTIONS[tune],
             is_over=is_over,
             progress=lambda done: report(len(boxes) * (1 + done)),
         )
     (better,), _ = _coded(
         model, [rgb], [quality_code], tile, boxes, *found, lambda done: report(units - len(boxes) + done)
     )
-    best = min(encoded, better, key=lambda e: _cost(e, rgb))
+    best = min(encoded, better, key=lambda e: _cost(model, e, rgb, tune))
     header = replace(best.container.header, effort=effort)
     return replace(best, container=replace(best.container, header=header))
 
@@ -163,11 +165,11 @@ def _code_tensor(model: LoadedModel, quality_codes: Sequence[int]) -> Tensor:
     return torch.tensor(quality_codes, dtype=torch.float32, device=model.device)
 
 
-def _cost(encoded: Encoded, rgb: np.ndarray) -> float:
-    """Bits of the streams + λ·squared error."""
+def _cost(model: LoadedModel, encoded: Encoded, rgb: np.ndarray, tune: Tune) -> float:
+    """Bits of the streams + λ·error."""
     bits = 8 * sum(len(stream) for streams in encoded.container.tiles for stream in streams)
-    pixels = rgb.shape[0] * rgb.shape[1]
-    return bits + lambda_of(encoded.container.header.quality) * mse(rgb, encoded.reconstruction) * pixels
+    error = windows.error_between(model.net, encoded.reconstruction, rgb, DISTORTIONS[tune])
+    return bits + lambda_of(encoded.container.header.quality) * error
 
 
 def _coded(

@@ -1,9 +1,9 @@
 """Encoder-side optimisation: integers for one picture that cost fewer bits for the same distortion.
 
-The decoder and the format do not change. L = bits + λ·squared error is lowered in place of what one pass of g_a gives,
+The decoder and the format do not change. L = bits + λ·error is lowered in place of what one pass of g_a gives,
 as do latent overfitting (Zhang et al. 2022, arXiv 2210.04112, LOF), online RDO of Efficient Contextformer (Koyuncu et
 al. 2024, arXiv 2306.14287) and SGA (Yang et al. 2020, arXiv 2006.04240). The way is our own. In quantiser steps, the
-second derivative of the distortion is nearly diagonal and known (:meth:`CodecModel.distortion_weight`), because the
+second derivative of the error is nearly diagonal and known (:func:`windows.weight`), because the
 synthesis is a linear lapped transform plus a correction. So one gradient through g_s tells where each latent would
 lie if it were not rounded, and rounding that for rate is one step of a proximal gradient method: it takes a few
 passes where stochastic descent takes hundreds.
@@ -25,9 +25,10 @@ from lic.model.codec import CodecModel, expected_offset, gaussian_bits, lambda_o
 from lic.model.context import Geometry
 from lic.model.hyperprior import Z_LIMIT
 from lic.pipeline import windows
+from lic.pipeline.distortion import Distortion
 
 STEP = 0.7  # share of the way towards the target that the first pass goes; falls linearly to nothing
-CONTEXT_WEIGHT = 2.0  # of the rate's gradient through the context; more than 1, for it acts over several passes
+WORSE = 1.02  # a pass with so many times the least cost found is taken back, and steps become smaller
 Z_SHARE = 0.005  # of the hyper-latents that are changed at first in one pass
 
 
@@ -65,6 +66,18 @@ class _Rate:
     bits_map: Tensor
 
 
+@dataclass
+class _Linearised:
+    """What a pass knows around its integers: latents (1, h, w, M), and z (1, h/4, w/4, C) of the next pass."""
+
+    target: Tensor
+    dequantised: Tensor
+    gradient: Tensor
+    mean: Tensor
+    scale: Tensor
+    z_next: Tensor
+
+
 def optimise(
     net: CodecModel,
     pixels: np.ndarray,
@@ -73,11 +86,12 @@ def optimise(
     y: Tensor,
     start: tuple[Tensor, Tensor],
     effort: Effort,
+    distortion: Distortion,
     *,
     is_over: Callable[[float], bool],
     progress: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:
-    """Integers y (1, h, w, M) and z (1, h/4, w/4, C) of the least bits + λ·squared error found.
+    """Integers y (1, h, w, M) and z (1, h/4, w/4, C) of the least bits + λ·error found.
 
     The bits are those of the network in floating point, whose gradients take half the time.
 
@@ -89,13 +103,14 @@ def optimise(
         y: latents as the analysis gives them.
         start: integers y and z that one pass gives.
         effort: how long to search.
+        distortion: what error is.
         is_over: is told the seconds that a pass took, and says whether there is no time for another one.
         progress: is told how many passes are done, effort.passes + 1 in the end.
     """
-    weight = net.distortion_weight(code)[:, None, None]
+    weight = windows.weight(net, pixels, Geometry(1, *y.shape[1:3]), code, distortion)
     lagrangian = float(lambda_of(code)[0])
     target, (y_hat, z) = y, start
-    best_cost, best = math.inf, start
+    best_cost, best, damping = math.inf, start, distortion.damping
     searches = [_HyperSearch(net, code) for _ in boxes]
     for number in range(effort.passes + 1):
         began = time.monotonic()
@@ -110,20 +125,24 @@ def optimise(
             bits += rate.bits
             offset[at] = expected_offset(y_hat[at], rate.mean, rate.scale)
             if to_y is not None:
-                slope[at] = CONTEXT_WEIGHT * to_y
+                slope[at] = distortion.context_weight * to_y
             if to_z is not None and number % 2 == 0:
                 z_next[at_z], rate = search.step(y_hat[at], z[at_z], to_z, rate)
             mean[at], scale[at] = rate.mean, rate.scale
-        error, error_slope = windows.squared_error(net, y_hat + offset, code, pixels, with_slope=not last)
+        error, error_slope = windows.error(net, y_hat + offset, code, pixels, distortion, with_slope=not last)
         cost = bits + lagrangian * error
         if cost < best_cost:
             best_cost, best = cost, (y_hat, z)
         progress(number + 1)
         if error_slope is None or is_over(time.monotonic() - began):
             break
-        where = y_hat + offset - (lagrangian * error_slope + slope) / (2 * weight)
-        target = target + STEP * (1 - number / (effort.passes + 1)) * (where - target)
-        y_hat, z = round_for_rate(target, mean, scale, weight), z_next
+        if cost <= WORSE * best_cost:
+            here = _Linearised(target, y_hat + offset, lagrangian * error_slope + slope, mean, scale, z_next)
+        else:
+            damping *= 2
+        where = here.dequantised - here.gradient / (2 * damping * weight)
+        target = here.target + STEP * (1 - number / (effort.passes + 1)) * (where - here.target)
+        y_hat, z = round_for_rate(target, here.mean, here.scale, weight), here.z_next
     return best
 
 

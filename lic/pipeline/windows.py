@@ -18,6 +18,7 @@ from lic.model.codec import CodecModel
 from lic.model.config import DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.non_local import BLOCK
+from lic.pipeline.distortion import Distortion
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
 HALO = 8  # in latent positions; the transforms of `base` reach 6 (docs/architecture.md)
@@ -156,20 +157,19 @@ def synthesis(
     return pictures
 
 
-def squared_error(
-    net: CodecModel, y: Tensor, code: Tensor, pixels: np.ndarray, *, with_slope: bool
+def error(
+    net: CodecModel, y: Tensor, code: Tensor, pixels: np.ndarray, distortion: Distortion, *, with_slope: bool
 ) -> tuple[float, Tensor | None]:
     """What g_s makes of latents y (1, h, w, M) against pixels (H, W, 3), or gray (H, W, 1), uint8 or uint16.
 
-    Squared error in 8-bit units, summed over the pixels and averaged over their channels, and its derivative to y,
-    (1, h, w, M). What lies outside the range of samples costs nothing.
+    The sum of the windows' errors and its derivative to y, (1, h, w, M). What lies outside the range of samples costs
+    nothing.
     """
     n = DOWNSAMPLING
-    white = np.iinfo(pixels.dtype).max
     total, slope = 0.0, torch.zeros_like(y)
     for top, bottom, above, below in _windows(net, y.shape[1]):
         for left, right, before, after in _windows(net, y.shape[2]):
-            seen = torch.from_numpy(pixels[top * n : bottom * n, left * n : right * n].astype(np.float32)).to(y.device)
+            seen = _samples(pixels, top, bottom, left, right, y.device)
             if seen.numel() == 0:
                 continue
             part = y[:, above:below, before:after].clone().requires_grad_(with_slope)
@@ -178,8 +178,37 @@ def squared_error(
                 x = x[: seen.shape[0], : seen.shape[1]]
                 if pixels.shape[2] == 1:
                     x = x.mean(-1, keepdim=True)
-                error = (255 * ((x + 0.5).clamp(0, 1) - seen / white)).square().mean(-1).sum()
-            total += float(error.detach())
+                part_error = distortion.error(255 * (x + 0.5).clamp(0, 1), seen)
+            total += float(part_error.detach())
             if with_slope:
-                slope[:, above:below, before:after] += torch.autograd.grad(error, part)[0]
+                slope[:, above:below, before:after] += torch.autograd.grad(part_error, part)[0]
     return total, slope if with_slope else None
+
+
+def error_between(net: CodecModel, shown: np.ndarray, pixels: np.ndarray, distortion: Distortion) -> float:
+    """As :func:`error`, of two arrays of one shape and type."""
+    grid = [-(-side // DOWNSAMPLING) for side in pixels.shape[:2]]
+    device, total = net.sigma.device, 0.0
+    for top, bottom, _, _ in _windows(net, grid[0]):
+        for left, right, _, _ in _windows(net, grid[1]):
+            parts = (_samples(array, top, bottom, left, right, device) for array in (shown, pixels))
+            total += float(distortion.error(*parts))
+    return total
+
+
+def _samples(pixels: np.ndarray, top: int, bottom: int, left: int, right: int, device: torch.device) -> Tensor:
+    """A window, without halo, in 0..255, as far as there are pixels: (H, W, C)."""
+    n = DOWNSAMPLING
+    part = pixels[top * n : bottom * n, left * n : right * n].astype(np.float32)
+    return torch.from_numpy(part * np.float32(255 / np.iinfo(pixels.dtype).max)).to(device)
+
+
+def weight(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor, distortion: Distortion) -> Tensor:
+    """Error, times λ, that a squared error of one quantiser step is about worth: (1, h, w, M), for code (1,)."""
+    times = torch.ones(1, grid.height, grid.width, net.config.latent, device=code.device)
+    for top, bottom, above, below in _windows(net, grid.height):
+        for left, right, before, after in _windows(net, grid.width):
+            seen = 255 * (_pixels(pixels, Area(above, before, below, after), code.device) + 0.5)
+            part = distortion.weight(net.shortcut, seen).expand(1, below - above, after - before, net.config.latent)
+            times[:, top:bottom, left:right] = part[:, top - above : bottom - above, left - before : right - before]
+    return times * net.distortion_weight(code)[:, None, None]

@@ -34,6 +34,20 @@ from lic.options import device_options, verbosity_options
     show_default=True,
     help="What stands for the rounding of latents: straight-through rounding, universal quantisation, noise.",
 )
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "muon", "soap"]),
+    default="adamw",
+    show_default=True,
+    help="muon: for the matrices of the networks; soap needs the package pytorch-optimizer.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of matrix products; auto: bfloat16 on a GPU. It also pays on a CPU that computes in bfloat16 (AMX).",
+)
 @click.option("--init", type=click.Path(path_type=Path, exists=True), help="Weights file or state to start from.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
 @click.option("--frozen-part", type=float, default=0.3, show_default=True, help="First share, with a linear analysis.")

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from lic.model.transforms import lapped_basis
 from lic.train.calibration import calibrate
 from lic.train.data import Pictures, sample
 from lic.train.latents import StoredLatents
+from lic.train.optimizers import make_optimizers
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 LOSS_EXPONENT = 0.4
+PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
 
@@ -61,6 +64,8 @@ class Settings:
     learning_rate: float = 1e-3
     warm_up_steps: int = 200
     quantiser: str = "ste"  # one of QUANTISERS
+    optimizer: str = "adamw"  # one of OPTIMIZERS
+    precision: str = "auto"  # of products: one of PRECISIONS; likelihoods are always in float32
     frozen_part: float = 0.3  # first share of a run of all parts: linear analysis, entropy model as density model
     exact_part: float = 0.0  # last share, with the integers of the exact path in the loop
     refine_part: float = 0.25  # last share: analysis as it is, the rest trained on latents rounded as the encoder does
@@ -91,6 +96,8 @@ class Trainer:
             raise LicError(f"the model {config.name} has no non-local attention modules")
         if settings.quantiser not in QUANTISERS:
             raise LicError(f"the quantiser must be one of {', '.join(QUANTISERS)}, not {settings.quantiser!r}")
+        if settings.precision not in PRECISIONS:
+            raise LicError(f"the precision must be one of {', '.join(PRECISIONS)}, not {settings.precision!r}")
         if min(settings.batch, settings.late_batch) < 2:
             raise LicError("a batch needs two crops at least: of pictures as they are, and of scaled ones")
         if settings.crop % HYPER_DOWNSAMPLING or settings.late_crop % HYPER_DOWNSAMPLING:
@@ -101,9 +108,9 @@ class Trainer:
             parameter.requires_grad_(_is_trained(settings.part, name))
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.generator = torch.Generator(device).manual_seed(settings.seed + 1000 * self.rank)
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model), betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
-        )
+        self.optimizers = make_optimizers(self.model, settings.optimizer)
+        fast = device.type == "cuda" if settings.precision == "auto" else settings.precision == "bfloat16"
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step, self.seconds, self.pixels = 0, 0.0, 0
         self.fresh = True  # the shortcut still has to be fitted to the pictures
@@ -119,7 +126,7 @@ class Trainer:
             "config": self.model.config.to_json(),
             "model": self.model.state_dict(),
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "first_step": self.first_step,
             "seconds": self.seconds,
@@ -141,7 +148,8 @@ class Trainer:
         trainer = cls(Settings(**state["settings"]), device, Config.from_json(state["config"]))
         trainer.model.load_state_dict(state["model"])
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
-        trainer.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         trainer.step, trainer.seconds, trainer.pixels = state["step"], state["seconds"], state["pixels"]
         trainer.first_step = state["first_step"]
         if trainer.rank == 0:
@@ -261,7 +269,7 @@ class Trainer:
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, MSE, 1)."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        with self.autocast():
             out = self.model(
                 x, code, frozen_latents=frozen, optimised_rounding=refine, quantiser=self.settings.quantiser
             )
@@ -270,7 +278,7 @@ class Trainer:
 
     def rate_loss(self, y_hat: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`loss`, of latents (B, h, w, M) and (B, h/4, w/4, C) that cost bits only."""
-        with torch.autocast(y_hat.device.type, torch.bfloat16, enabled=y_hat.device.type == "cuda"):
+        with self.autocast():
             y_bits, z_bits = self.model.rate(y_hat, z, code)
         pixels = y_hat.shape[1] * y_hat.shape[2] * DOWNSAMPLING**2
         return _weighted(y_bits, z_bits, torch.zeros_like(y_bits), code, pixels)
@@ -282,7 +290,7 @@ class Trainer:
         batch, crop = (s.late_batch, s.late_crop) if late else (s.batch, s.crop)
         refine = self.progress() >= 1 - s.refine_part
         frozen = refine or (s.part == "all" and self.progress() < s.frozen_part)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             # The decoder shares these with the analysis: without rate in their gradient they would run away.
             held = frozen and group["name"] in ("shortcut", "log_gain")
             group["lr"] = 0.0 if held else self.learning_rate() * group["factor"]
@@ -293,17 +301,18 @@ class Trainer:
         else:
             x, code = sample(source, batch, crop, self.generator)
             if s.part == "context":
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+                with self.autocast():
                     inputs = (*self.model.latents(x, code), code)
             else:
                 inputs = (x, code, frozen, refine)
         loss, metrics = loss_of(*inputs)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         if self.processes > 1:
             self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         self.pixels += self.processes * batch * crop * crop
         decay = min(s.ema, 1 - 1 / (1 + 0.1 * (self.step - self.first_step + 1)))
@@ -342,25 +351,6 @@ def _weighted(y_bits: Tensor, z_bits: Tensor, mse: Tensor, code: Tensor, pixels:
     loss = ((bpp + weight * mse) * weight**-LOSS_EXPONENT).mean() / 10
     metrics = torch.stack([loss, bpp.mean(), z_bits.mean() / pixels, mse.mean(), loss.new_ones(())])
     return loss, metrics.detach()
-
-
-def _parameter_groups(model: CodecModel) -> list[dict[str, Any]]:
-    """Learning rates relative to the networks': the fitted basis moves slowly, the few table entries quickly."""
-    groups: dict[str, dict[str, Any]] = {
-        "networks": {"factor": 1.0},
-        "shortcut": {"factor": 0.03},
-        "log_gain": {"factor": 2.0},
-        "log_igain": {"factor": 2.0},
-        "prior": {"factor": 10.0},
-    }
-    for name, group in groups.items():
-        group |= {"name": name, "params": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = name.partition(".")[0]
-        groups[part if part in groups else "networks"]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
 
 
 def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:

@@ -1,0 +1,125 @@
+"""What encoder-side optimisation takes for error: squared error, or 1 - MS-SSIM."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lic.images import MS_SSIM_C1, MS_SSIM_C2, MS_SSIM_SIGMA, MS_SSIM_WINDOW, ms_ssim_exponents
+from lic.model.transforms import LappedShortcut
+from lic.quality import Tune
+
+# Squared error of a pixel that 1 - MS-SSIM is worth. Models tuned for the one or the other with λ in this ratio have
+# about the same rate: those of Ballé et al. (2018) and of CompressAI's reimplementations have ratios of 1220 to 1330.
+MS_SSIM_WORTH = 1280.0
+OF_CHANNELS, OF_NEIGHBOURS = 0.3, 0.5  # least share of their mean, of their maximum: see MsSsim.weight
+LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
+
+
+class Distortion(Protocol):
+    """``context_weight``: of the rate's gradient through the context, for it acts over several passes.
+
+    ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first.
+    """
+
+    context_weight: float
+    damping: float
+
+    def error(self, shown: Tensor, seen: Tensor) -> Tensor:
+        """Of pixels (H, W, C) against those of the source, both in 0..255: a scalar, summed over the pixels."""
+
+    def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
+        """How many times the weight that squared error gives it each latent has, (1, h, w, M) or one for all.
+
+        That is of the second derivative of :meth:`error`, for pixels (16·h, 16·w, 3) of the source in 0..255.
+        """
+
+
+class SquaredError:
+    """Summed over the pixels, averaged over their channels."""
+
+    context_weight, damping = 2.0, 1.0
+
+    def error(self, shown: Tensor, seen: Tensor) -> Tensor:
+        return (shown - seen).square().mean(-1).sum()
+
+    def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
+        return torch.ones(1, 1, 1, 1, device=seen.device)
+
+
+class MsSsim:
+    """1 - MS-SSIM (Wang, Simoncelli and Bovik 2003), times the pixels and ``MS_SSIM_WORTH``."""
+
+    context_weight, damping = 0.75, 2.0
+
+    def error(self, shown: Tensor, seen: Tensor) -> Tensor:
+        pixels = seen.shape[0] * seen.shape[1]
+        return MS_SSIM_WORTH * pixels * (1 - ms_ssim(shown, seen))
+
+    def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
+        """1 - MS-SSIM is about a sum over scales of squared errors with weights 1/(2σ² + C2), σ² the source's variance.
+
+        No latent gets much less than others at its place, nor less than those around it: g_s carries errors over to
+        them, and what moved far for its own small weight would harm more than it saves.
+        """
+        planes, total = _planes(seen), torch.zeros((), device=seen.device)
+        for scale, exponent in enumerate(ms_ssim_exponents(min(seen.shape[:2]))):
+            mean = _blur(_mirrored(planes))
+            variance = (_blur(_mirrored(planes.square())) - mean.square()).clamp(min=0)
+            worth = exponent * _blur(_mirrored(1 / (2 * variance + MS_SSIM_C2)))
+            blocks = worth.repeat_interleave(2**scale, 1).repeat_interleave(2**scale, 2)
+            total = total + shortcut.energy(blocks.movedim(0, -1).unsqueeze(0), 2**scale)
+            planes = _halved(planes)
+        mean = total.mean(-1, keepdim=True)
+        around = F.max_pool2d(mean.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
+        least = OF_CHANNELS * torch.maximum(mean, OF_NEIGHBOURS * around)
+        return MS_SSIM_WORTH * torch.maximum(total, least)
+
+
+DISTORTIONS: dict[Tune, Distortion] = {"psnr": SquaredError(), "ms-ssim": MsSsim()}
+
+
+def ms_ssim(shown: Tensor, seen: Tensor) -> Tensor:
+    """As :func:`lic.bench.metrics.ms_ssim`, of pixels (H, W, C) in 0..255 and in float32, with gradients."""
+    x, y = _planes(shown), _planes(seen)
+    exponents = ms_ssim_exponents(min(seen.shape[:2]))
+    result = torch.ones(len(x), device=x.device)
+    for scale, exponent in enumerate(exponents):
+        mean_x, mean_y = _blur(x), _blur(y)
+        var_x, var_y = _blur(x.square()) - mean_x.square(), _blur(y.square()) - mean_y.square()
+        term = (2 * (_blur(x * y) - mean_x * mean_y) + MS_SSIM_C2) / (var_x + var_y + MS_SSIM_C2)
+        if scale == len(exponents) - 1:
+            term = term * (2 * mean_x * mean_y + MS_SSIM_C1) / (mean_x.square() + mean_y.square() + MS_SSIM_C1)
+        result = result * term.mean(dim=(1, 2)).clamp(min=LEAST_TERM) ** exponent
+        x, y = _halved(x), _halved(y)
+    return result.mean()
+
+
+def _planes(pixels: Tensor) -> Tensor:
+    return pixels.movedim(-1, 0)  # (C, H, W)
+
+
+def _blur(planes: Tensor) -> Tensor:
+    """The Gaussian window at every position where it fits entirely (odd size, at most the picture)."""
+    for dim in (1, 2):
+        radius = (min(MS_SSIM_WINDOW, planes.shape[dim]) - 1) // 2
+        offsets = torch.arange(-radius, radius + 1, device=planes.device)
+        taps = torch.exp(offsets.square() / (-2 * MS_SSIM_SIGMA**2))
+        kernel = (taps / taps.sum()).view(1, 1, *((-1, 1) if dim == 1 else (1, -1)))
+        planes = F.conv2d(planes.unsqueeze(1), kernel).squeeze(1)
+    return planes
+
+
+def _mirrored(planes: Tensor) -> Tensor:
+    """With as much at each side as the window reaches, so that it fits everywhere. Sides are 16 at least."""
+    height, width = (min(MS_SSIM_WINDOW // 2, side - 1) for side in planes.shape[1:])
+    return F.pad(planes.unsqueeze(1), (width, width, height, height), mode="reflect").squeeze(1)
+
+
+def _halved(planes: Tensor) -> Tensor:
+    """Means of 2×2 blocks; an odd last row or column is repeated."""
+    odd_height, odd_width = (side % 2 for side in planes.shape[1:])
+    return F.avg_pool2d(F.pad(planes.unsqueeze(1), (0, odd_width, 0, odd_height), mode="replicate"), 2).squeeze(1)
