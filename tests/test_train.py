@@ -11,6 +11,7 @@ import tarfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,6 +213,14 @@ def test_context_model_alone(photos: Path, tmp_path: Path, monkeypatch: pytest.M
         store.load_file(store.read_info(target))
     with pytest.raises(RuntimeError):
         Trainer(replace(SETTINGS, model="other"), CPU).start_from(whole.state_dict())
+
+
+def test_a_model_of_which_all_was_trained_shares_nothing(tmp_path: Path) -> None:
+    Trainer(SETTINGS, CPU).save(tmp_path / "state.pt")
+    parent = DATA / "models" / "tiny.safetensors"
+    options: dict[str, Any] = {"calibration": [], "shared_from": parent, "name": "x", "data": "", "rate_range": None}
+    with pytest.raises(ValueError, match="shares nothing"):
+        export(tmp_path / "state.pt", tmp_path / "x.safetensors", **options)
 
 
 def test_context_model_alone_on_stored_latents(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def export(
     ``calibration`` are pictures that the units of the integers are fitted to; none are needed for a state that was
     trained on integers. With ``shared_from``, the weights file that a part alone was trained on, the new file holds
     what that part changed and shares the rest with that one. ``data`` says what the state was trained on. Raises
-    ValueError if a certificate fails, LicError if there are no pictures that fit, UnsupportedError for damaged weights.
+    ValueError if a certificate fails or nothing can be shared, LicError if there are no pictures that fit, UnsupportedError for damaged weights.
     """
     net, book = averaged_model(state)
     part = book["settings"]["part"]
@@ -40,6 +40,8 @@ def export(
         net.config = replace(net.config, name=name)
     parent = units = None
     if shared_from is not None:
+        if part == "all":
+            raise ValueError("a model of which all parts were trained shares nothing: leave out --shared-from")
         parent = read_info(shared_from)
         theirs = load_file(parent).net
         if part == "nonlocal" or theirs.h_s.non_local is None:
