@@ -30,8 +30,10 @@ def export(
 
     ``calibration`` are pictures that the units of the integers are fitted to; none are needed for a state that was
     trained on integers. With ``shared_from``, the weights file that a part alone was trained on, the new file holds
-    what that part changed and shares the rest with that one. ``data`` says what the state was trained on. Raises
-    ValueError if a certificate fails or nothing can be shared, LicError if there are no pictures that fit, UnsupportedError for damaged weights.
+    what that part changed and shares the rest with that one. ``data`` says what the state was trained on.
+
+    Raises ValueError if a certificate fails or nothing can be shared, LicError if there are no pictures that fit,
+    UnsupportedError for damaged weights.
     """
     net, book = averaged_model(state)
     part = book["settings"]["part"]
