@@ -1,8 +1,9 @@
 """``.lic`` in Pillow: ``import lic.pillow``, then ``Image.open("x.lic")`` and ``im.save("x.lic", quality=50)``.
 
 Opening reads the header and the metadata; torch is imported when the pixels are needed. ``save`` takes ``quality``
-(0..100), ``strip``, ``model`` and ``device`` as :func:`lic.encode`, and ``icc_profile``, ``exif`` and ``xmp`` in place
-of what the picture carries. Damaged files raise OSError, as Pillow's own formats do.
+(0..100) or ``target``, ``tune``, ``effort``, ``effort_seconds``, ``strip``, ``model`` and ``device`` as
+:func:`lic.encode`, and ``icc_profile``, ``exif`` and ``xmp`` in place of what the picture carries. Damaged files raise
+OSError, as Pillow's own formats do.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from PIL import Image, ImageFile
 
 from lic import api, container
 from lic.errors import LicError
-from lic.quality import DEFAULT_QUALITY
 
+_SAVE_OPTIONS = ("quality", "target", "tune", "effort", "effort_seconds", "strip", "model", "device")
 _lock = threading.Lock()  # pictures may load in several threads, a codec is for one
 
 
@@ -81,9 +82,9 @@ def _save(image: Image.Image, fp: IO[bytes], filename: str | bytes | os.PathLike
         if name in options:
             value = options.pop(name)
             shown.info[name] = value.tobytes() if isinstance(value, Image.Exif) else value
-    allowed = {name: options[name] for name in ("strip", "model", "device") if name in options}
+    allowed = {name: options[name] for name in _SAVE_OPTIONS if name in options}
     try:
-        fp.write(api.encode(shown, options.get("quality", DEFAULT_QUALITY), **allowed))
+        fp.write(api.encode(shown, **allowed))
     except LicError as error:
         raise OSError(str(error)) from error
 

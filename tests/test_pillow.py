@@ -76,6 +76,14 @@ def test_damage_is_an_oserror_and_other_files_are_not_ours(tmp_path: Path, pictu
         Image.open(io.BytesIO(b"\x8bLX" + bytes(100)))
 
 
+def test_options_of_saving(tmp_path: Path, picture: np.ndarray) -> None:
+    plain = lic.encode(picture, 70, **CODING)
+    Image.fromarray(picture).save(tmp_path / "a.lic", quality=70, tune="ms-ssim", effort=2, **CODING)
+    assert lic.info((tmp_path / "a.lic").read_bytes()).effort == 2
+    Image.fromarray(picture).save(tmp_path / "b.lic", target=lic.Target("size", len(plain)), **CODING)
+    assert 0.9 * len(plain) < (tmp_path / "b.lic").stat().st_size <= len(plain)
+
+
 def test_what_cannot_be_saved_is_an_oserror_and_leaves_no_file(tmp_path: Path, picture: np.ndarray) -> None:
     with pytest.raises(OSError, match="between 0 and 100"):
         Image.fromarray(picture).save(tmp_path / "a.lic", quality=200, **CODING)
