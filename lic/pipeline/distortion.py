@@ -12,8 +12,8 @@ from lic.images import MS_SSIM_C1, MS_SSIM_C2, MS_SSIM_SIGMA, MS_SSIM_WINDOW, ms
 from lic.model.transforms import LappedShortcut
 from lic.quality import Tune
 
-# Squared error of a pixel that 1 - MS-SSIM is worth. Models tuned for the one or the other with λ in this ratio have
-# about the same rate: those of Ballé et al. (2018) and of CompressAI's reimplementations have ratios of 1220 to 1330.
+# Squared error of a pixel that 1 - MS-SSIM is worth: the ratio of the λ with which CompressAI trains its models for the
+# one and for the other, 1220 to 1330.
 MS_SSIM_WORTH = 1280.0
 OF_CHANNELS, OF_NEIGHBOURS = 0.3, 0.5  # least share of their mean, of their maximum: see MsSsim.weight
 LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
@@ -51,7 +51,7 @@ class SquaredError:
 
 
 class MsSsim:
-    """1 - MS-SSIM (Wang, Simoncelli and Bovik 2003), times the pixels and ``MS_SSIM_WORTH``."""
+    """1 - MS-SSIM (Wang, Simoncelli and Bovik 2003) of a window, times its pixels and ``MS_SSIM_WORTH``."""
 
     context_weight, damping = 0.75, 2.0
 
