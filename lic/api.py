@@ -18,7 +18,7 @@ from lic.errors import CorruptError, LicError, UnsupportedError, UsageError
 from lic.grouping import CPU_PIXELS, CUDA_PIXELS, Size, in_batches, padded_size
 from lic.images import Picture, psnr, samples_at_bits
 from lic.part import Preview, Region, preview_of, region_of
-from lic.quality import DEFAULT_EFFORT, DEFAULT_QUALITY, MAX_EFFORT, TUNES, Tune, code_of, quality_of
+from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, TUNES, TUNING_EFFORT, Tune, code_of, quality_of
 from lic.rate import Target, search
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Codec:
         self._device_name = check_device(device)
         self._threads = threads
         self._device: str | None = None
-        self._encoder: ModelInfo | None = None
+        self._encoders: dict[Tune, ModelInfo] = {}
         self._loaded: dict[tuple[bytes, bytes], LoadedModel] = {}  # by entropy and synthesis identity
 
     @overload
@@ -182,12 +182,13 @@ class Codec:
         ``image``: of Pillow's, in any mode but F, upright or with an EXIF orientation, which is applied; or
         uint8 or uint16 of shape (H, W) for gray or (H, W, 1..4) for gray, gray and alpha, RGB, RGB and alpha.
         ``quality`` is 0..100, 40 by default; ``target`` is a size, rate or PSNR instead, for which several
-        encodings are tried. ``tune`` is the measure to be good in, squared error or MS-SSIM. ``effort``, 0..9, is how
-        long to look for a smaller file at the same quality (docs/effort.md), by default 0, or 6 for MS-SSIM, which is
-        tuned for by that search alone and needs 1 at least; ``effort_seconds`` bounds that time for each picture. A
-        Pillow picture's colour profile, EXIF and XMP are kept, unless ``strip``. Raises UsageError for other qualities,
-        tunes or efforts and for a quality beside a target, LicError for other pictures, a target out of reach, a model
-        that is not installed or a device that is not there.
+        encodings are tried. ``tune`` is the measure to be good in, squared error or MS-SSIM: the model MODEL-ms-ssim
+        encodes where there is one, and effort serves that measure. ``effort``, 0..9, is how long to look for a smaller
+        file at the same quality (docs/effort.md), by default 0, or 6 to tune for MS-SSIM without such a model, which
+        needs 1 at least; ``effort_seconds`` bounds that time for each picture. A Pillow picture's colour profile, EXIF
+        and XMP are kept, unless ``strip``. Raises UsageError for other qualities, tunes or efforts and for a quality
+        beside a target, LicError for other pictures, a target out of reach, a model that is not installed or a device
+        that is not there.
         """
         options: dict[str, Any] = {
             "target": target,
@@ -198,19 +199,20 @@ class Codec:
         }
         if isinstance(image, Image.Image | np.ndarray | Picture | str | bytes):  # the last two are refused there
             return self.encode_result(image, quality, **options).data
-        code, level = _checked_options(quality, target, tune, effort, effort_seconds)
+        code = _checked_options(quality, target, tune, effort, effort_seconds)
+        level = self._effort(tune, effort)
         if target is not None or level != 0:
             return [self.encode_result(one, quality, **options).data for one in image]
 
         def prepare(one: AnyPicture) -> tuple[None, Size, _ToEncode]:
-            source = self._to_encode(one, strip)
+            source = self._to_encode(one, strip, tune)
             return None, padded_size(source.picture.width, source.picture.height), source
 
         def encode_together(sources: list[_ToEncode]) -> list[bytes]:
             from lic import pipeline
 
             colours = [source.colour for source in sources]
-            encoded = pipeline.encode_rgbs(self.load_encoder(), colours, [code] * len(sources))
+            encoded = pipeline.encode_rgbs(self.load_encoder(tune), colours, [code] * len(sources))
             return [source.file(one) for source, one in zip(sources, encoded, strict=True)]
 
         return in_batches(image, prepare, encode_together, self._batch_pixels)
@@ -314,9 +316,10 @@ class Codec:
 
         ``progress(done, total)`` is called now and then; with a target, from the start for every encoding.
         """
-        code, level = _checked_options(quality, target, tune, effort, effort_seconds)
-        source = self._to_encode(image, strip)
-        model = self.load_encoder()
+        code = _checked_options(quality, target, tune, effort, effort_seconds)
+        level = self._effort(tune, effort)
+        source = self._to_encode(image, strip, tune)
+        model = self.load_encoder(tune)
         from lic import pipeline
 
         def encode_at(code: int, effort: int = level, seconds: float | None = effort_seconds) -> EncodeResult:
@@ -374,12 +377,12 @@ class Codec:
         notes = () if wanted is None else _preview_notes(decoded, file, source.lost)
         return DecodeResult(picture, decoded.symbols_sha256, time.perf_counter() - start, notes)
 
-    def _to_encode(self, image: AnyPicture, strip: bool) -> _ToEncode:
+    def _to_encode(self, image: AnyPicture, strip: bool, tune: Tune) -> _ToEncode:
         """Loads the model besides, so that this takes no part in the time."""
         if not isinstance(image, Image.Image | np.ndarray | Picture):
             raise UsageError(f"a picture is an image of Pillow's or a NumPy array, not {type(image).__name__}")
         picture = images.picture_of(image, max_pixels=_ANY_SIZE, strip=strip)
-        self.load_encoder()
+        self.load_encoder(tune)
         start = time.perf_counter()
         colour = images.with_hidden_filled(picture.colour, picture.alpha)
         sections = container.metadata_sections(picture.metadata)
@@ -410,19 +413,27 @@ class Codec:
     def _batch_pixels(self) -> int:
         return CPU_PIXELS if self.device == "cpu" else CUDA_PIXELS
 
-    def load_encoder(self) -> LoadedModel:
-        """Load the model that encodes, once.
+    def load_encoder(self, tune: Tune = "psnr") -> LoadedModel:
+        """Load the model that encodes, once: NAME-TUNE, where there is one (:func:`lic.model.store.find`).
 
         Raises LicError when the model or the device is not there, or the weights are damaged.
         """
-        if self._encoder is None:
+        if tune not in self._encoders:
             from lic.model import store
 
-            self._encoder = store.find(self._name)
+            self._encoders[tune] = store.find(self._name, tune)
         try:
-            return self._load(self._encoder)
+            return self._load(self._encoders[tune])
         except UnsupportedError as error:  # there is no .lic file that this would be about
             raise LicError(str(error)) from error
+
+    def _effort(self, tune: Tune, effort: int | None) -> int:
+        """What was asked for, or the default. Raises UsageError if it is 0 where effort alone could tune."""
+        if tune == "psnr" or self.load_encoder(tune).info.name != self._name:
+            return effort or 0
+        if effort == 0:
+            raise UsageError(f"there is no {self._name}-{tune}: tuning is what effort does, and it must be 1 at least")
+        return effort or TUNING_EFFORT
 
     def _load(self, info: ModelInfo) -> LoadedModel:
         key = (info.entropy_id, info.synthesis_id)
@@ -487,21 +498,18 @@ def info(data: bytes) -> Info:
 
 def _checked_options(
     quality: float | None, target: Target | None, tune: Tune, effort: int | None, effort_seconds: float | None
-) -> tuple[int, int]:
-    """The quality code and the effort of the options of :meth:`Codec.encode`. Raises UsageError."""
+) -> int:
+    """The quality code of the options of :meth:`Codec.encode`. Raises UsageError."""
     if quality is not None and target is not None:
         raise UsageError("a quality and a target exclude each other")
     if tune not in TUNES:
         raise UsageError(f"tune must be one of {', '.join(TUNES)}, not {tune!r}")
-    effort = DEFAULT_EFFORT[tune] if effort is None else effort
-    if effort not in range(MAX_EFFORT + 1):
+    if effort is not None and effort not in range(MAX_EFFORT + 1):
         raise UsageError(f"effort must be a whole number from 0 to {MAX_EFFORT}, not {effort}")
-    if tune != "psnr" and effort == 0:
-        raise UsageError(f"tuning for {tune} is what effort does: it must be 1 at least")
     if effort_seconds is not None and not effort_seconds >= 0:  # also refuses NaN
         raise UsageError(f"the seconds of an effort must not be negative: {effort_seconds}")
     try:
-        return code_of(DEFAULT_QUALITY if quality is None else quality), effort
+        return code_of(DEFAULT_QUALITY if quality is None else quality)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -228,19 +228,22 @@ def _worker(connection: Connection, operation: Operation, level: int) -> None:
                 yield job
 
     with contextlib.suppress(BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        log.handlers[:] = [_Relay(send)]
-        log.propagate = False
-        log.setLevel(level)
-        if level > logging.DEBUG:
-            warnings.simplefilter("ignore")
         try:
-            codec = operation.codec()
-            device = codec.device
-        except Exception as error:
-            send("failed", failure_of(error))
-            return
-        send("ready", device)
-        pipeline(operation, codec, jobs(), lambda outcome: send("done", outcome))
+            log.handlers[:] = [_Relay(send)]
+            log.propagate = False
+            log.setLevel(level)
+            if level > logging.DEBUG:
+                warnings.simplefilter("ignore")
+            try:
+                codec = operation.codec()
+                device = codec.device
+            except Exception as error:
+                send("failed", failure_of(error))
+                return
+            send("ready", device)
+            pipeline(operation, codec, jobs(), lambda outcome: send("done", outcome))
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway: nothing is to be raised in its last breath
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ class Encode:
         from lic.api import Codec
 
         codec = Codec(self.model, self.device, threads=self.threads)
-        codec.load_encoder()
+        codec.load_encoder(self.tune)
         return codec
 
     def load(self, name: str, data: bytes) -> Picture:

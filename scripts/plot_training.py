@@ -25,7 +25,7 @@ def main(log: Path, target: Path, width: int) -> None:
     kernel = np.ones(width) / width
     minutes = np.convolve([e["minutes"] for e in entries], kernel, "valid")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
-    for axis, key in zip(axes, ("loss", "bpp", "mse"), strict=True):
+    for axis, key in zip(axes, ("loss", "bpp", "distortion"), strict=True):
         axis.plot([e["minutes"] for e in entries], [e[key] for e in entries], color="0.85")
         axis.plot(minutes, np.convolve([e[key] for e in entries], kernel, "valid"))
         axis.set(title=key, xlabel="minutes")

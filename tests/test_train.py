@@ -19,7 +19,9 @@ import torch
 from click.testing import CliRunner
 from conftest import DATA
 from PIL import Image
+from safetensors import safe_open
 
+import lic
 from lic.errors import LicError, UnsupportedError
 from lic.model import store
 from lic.model.codec import CodecModel
@@ -259,6 +261,29 @@ def test_context_model_alone_on_stored_latents(photos: Path, tmp_path: Path, mon
         StoredLatents([tmp_path / "bad.safetensors"], CPU)
 
 
+def test_tables_tuned_for_ms_ssim(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(DATA / "models" / "tiny.safetensors", tmp_path)
+    parent, target = tmp_path / "tiny.safetensors", tmp_path / "tiny-ms-ssim.safetensors"
+    arguments = [photos, "--state", tmp_path, "--minutes", 5, "--steps", 40, "--part", "tables", "--tune", "ms-ssim",
+                 "--model", "tiny", "--batch", 2, "--crop", 128, "--late-batch", 2, "--late-crop", 128,
+                 "--init", parent, "--learning-rate", "4e-3", "--refine-part", 0, "--device", "cpu"]  # fmt: skip
+    result = CliRunner().invoke(command, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    options: dict[str, Any] = {"calibration": [], "shared_from": parent, "data": "", "rate_range": None}
+    export(tmp_path / "state.pt", target, name="tiny-ms-ssim", **options)
+    with safe_open(target, "np") as file:
+        assert all(".quality." in name or name.startswith(("log_", "units.")) for name in file.keys())  # noqa: SIM118
+    monkeypatch.setenv("LIC_MODELS", str(tmp_path))
+    rgb = np.asarray(Image.open(photos / "0.png").crop((0, 0, 200, 190)))
+    codec = lic.Codec("tiny")
+    tuned, plain = codec.encode(rgb, 40, tune="ms-ssim"), codec.encode(rgb, 40)
+    assert (lic.info(tuned).model, lic.info(plain).model, lic.info(tuned).effort) == ("tiny-ms-ssim", "tiny", 0)
+    assert np.asarray(codec.decode(tuned)).shape == rgb.shape
+    searched = codec.encode(rgb, 40, tune="ms-ssim", effort=3)
+    assert (lic.info(searched).model, lic.info(searched).effort) == ("tiny-ms-ssim", 3)
+    assert [lic.info(data).model for data in codec.encode([rgb, rgb], 40, tune="ms-ssim")] == ["tiny-ms-ssim"] * 2
+
+
 def test_a_network_that_is_not_frozen_is_not_written(tmp_path: Path) -> None:
     net = CodecModel(CONFIGS["tiny"])
     with pytest.raises(ValueError, match="not frozen"):
@@ -287,6 +312,7 @@ def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
         ({"late_crop": 100}, "multiples"),
         ({"optimizer": "sgd"}, "optimiser"),
         ({"precision": "float16"}, "precision"),
+        ({"tune": "ssim"}, "tune"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, object], word: str) -> None:

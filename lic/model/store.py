@@ -26,6 +26,7 @@ from lic.coder import Tables
 from lic.container import Header
 from lic.errors import LicError, UnsupportedError
 from lic.model.config import Config
+from lic.quality import Tune
 
 if TYPE_CHECKING:
     from lic.model.codec import CodecModel
@@ -119,12 +120,13 @@ def read_info(path: Path) -> ModelInfo:
         raise LicError(f"{path}: not a lic weights file") from error
 
 
-def find(name: str) -> ModelInfo:
-    """Raises LicError if there is no model of that name."""
+def find(name: str, tune: Tune = "psnr") -> ModelInfo:
+    """The model of that name, tuned as asked if there is a NAME-TUNE. Raises LicError if there is no NAME."""
     models = available()
-    for info in models:
-        if info.name == name:
-            return info
+    for wanted in (f"{name}-{tune}", name):
+        for info in models:
+            if info.name == wanted:
+                return info
     names = ", ".join(m.name for m in models) or "none"
     raise LicError(f"no model named {name!r}; installed: {names}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from lic.options import device_options, verbosity_options
+from lic.quality import TUNES
 
 
 @click.command()
@@ -21,12 +22,13 @@ from lic.options import device_options, verbosity_options
 @click.option("--model", default="base", show_default=True, help="Configuration of a new run.")
 @click.option(
     "--part",
-    type=click.Choice(["all", "context", "nonlocal", "gains"]),
+    type=click.Choice(["all", "context", "nonlocal", "gains", "tables"]),
     default="all",
     show_default=True,
     help="What to train: everything, or only a part of --init: the context model on its latents, "
-    "the non-local modules with the context model, the scaling factors of the latents.",
+    "the non-local modules with the context model, the scaling factors of the latents, all tables by quality.",
 )
+@click.option("--tune", type=click.Choice(TUNES), default=TUNES[0], show_default=True, help="What distortion is.")
 @click.option(
     "--quantiser",
     type=click.Choice(["ste", "universal", "noise"]),

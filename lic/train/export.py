@@ -49,7 +49,7 @@ def export(
         if part == "nonlocal" or theirs.h_s.non_local is None:
             theirs.h_s.non_local = net.h_s.non_local
         net.h_s = theirs.h_s
-        if part == "gains":
+        if part in ("gains", "tables"):
             net.context = theirs.context
         else:
             units = theirs.unit_tables  # which another machine may have rounded otherwise

@@ -26,6 +26,8 @@ from lic.model.codec import QUANTISERS, CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
 from lic.model.transforms import lapped_basis
+from lic.pipeline.distortion import MS_SSIM_WORTH, ms_ssim
+from lic.quality import TUNES, Tune
 from lic.train.calibration import calibrate
 from lic.train.data import Pictures, sample
 from lic.train.latents import StoredLatents
@@ -43,13 +45,15 @@ PARTS = {
     "context": "the context model alone, as a density model of latents that stay as they are",
     "nonlocal": "the non-local attention modules and the context model",
     "gains": "the scaling factors of a finished model (log_gain, log_igain)",
+    "tables": "these and the transforms' other tables by quality, the scales and offsets of their stages",
 }
 
 
 def _is_trained(part: str, name: str) -> bool:
     """Whether the parameter of this name belongs to one of PARTS."""
-    if part == "gains":
-        return name.startswith(("log_gain.", "log_igain."))
+    if part in ("gains", "tables"):
+        is_stage = part == "tables" and name.startswith(("g_a.", "g_s.")) and ".quality." in name
+        return is_stage or name.startswith(("log_gain.", "log_igain."))
     return part == "all" or name.startswith("context.") or (part == "nonlocal" and ".non_local." in name)
 
 
@@ -59,6 +63,7 @@ class Settings:
 
     model: str = "base"
     part: str = "all"  # one of PARTS
+    tune: Tune = "psnr"  # what distortion is: squared error, or 1 - MS-SSIM times MS_SSIM_WORTH
     schedule_minutes: float = 120.0
     steps: int | None = None
     learning_rate: float = 1e-3
@@ -94,6 +99,8 @@ class Trainer:
             raise LicError(f"the part to train must be one of {', '.join(PARTS)}, not {settings.part!r}")
         if settings.part == "nonlocal" and not config.non_local_heads:
             raise LicError(f"the model {config.name} has no non-local attention modules")
+        if settings.tune not in TUNES:
+            raise LicError(f"tune must be one of {', '.join(TUNES)}, not {settings.tune!r}")
         if settings.quantiser not in QUANTISERS:
             raise LicError(f"the quantiser must be one of {', '.join(QUANTISERS)}, not {settings.quantiser!r}")
         if settings.precision not in PRECISIONS:
@@ -214,14 +221,15 @@ class Trainer:
             finished = self._agree(progress >= 1 or now >= end)
             if self.step % 50 == 0 or finished:
                 source.refresh()
-                loss, bpp, z_bpp, mse = (sums[:-1] / sums[-1]).tolist()
+                loss, bpp, z_bpp, distortion = (sums[:-1] / sums[-1]).tolist()
                 if not math.isfinite(loss):
                     raise LicError(f"the loss is not finite at step {self.step}; the state of the last save is intact")
                 entry = {"step": self.step, "minutes": round(self.seconds / 60, 2), "mpx": round(self.pixels / 1e6, 1)}
                 entry |= {"mpx_per_s": round((self.pixels - pixels) / 1e6 / (now - since), 2)}
                 pixels, since = self.pixels, now
                 entry |= {"progress": round(progress, 4), "lr": self.learning_rate(), "pictures": source.count}
-                entry |= {"loss": round(loss, 5), "bpp": round(bpp, 4), "z_bpp": round(z_bpp, 4), "mse": round(mse, 3)}
+                entry |= {"loss": round(loss, 5), "bpp": round(bpp, 4), "z_bpp": round(z_bpp, 4)}
+                entry["distortion"] = round(distortion, 3)
                 log(entry)
                 sums = None
                 if finished or now - saved > 120:
@@ -268,13 +276,17 @@ class Trainer:
         return self.settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress())))
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
-        """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, MSE, 1)."""
+        """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, distortion, 1)."""
         with self.autocast():
             out = self.model(
                 x, code, frozen_latents=frozen, optimised_rounding=refine, quantiser=self.settings.quantiser
             )
-        mse = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
-        return _weighted(out.y_bits, out.z_bits, mse, code, x.shape[1] * x.shape[2])
+        if self.settings.tune == "psnr":
+            distortion = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
+        else:
+            pairs = zip((out.x_hat + 0.5) * 255, (x + 0.5) * 255, strict=True)
+            distortion = MS_SSIM_WORTH * (1 - torch.stack([ms_ssim(*pair) for pair in pairs]))
+        return _weighted(out.y_bits, out.z_bits, distortion, code, x.shape[1] * x.shape[2])
 
     def rate_loss(self, y_hat: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`loss`, of latents (B, h, w, M) and (B, h/4, w/4, C) that cost bits only."""
@@ -345,11 +357,11 @@ class Trainer:
         self.fresh = False
 
 
-def _weighted(y_bits: Tensor, z_bits: Tensor, mse: Tensor, code: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+def _weighted(y_bits: Tensor, z_bits: Tensor, distortion: Tensor, code: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     bpp = (y_bits + z_bits) / pixels
     weight = lambda_of(code)
-    loss = ((bpp + weight * mse) * weight**-LOSS_EXPONENT).mean() / 10
-    metrics = torch.stack([loss, bpp.mean(), z_bits.mean() / pixels, mse.mean(), loss.new_ones(())])
+    loss = ((bpp + weight * distortion) * weight**-LOSS_EXPONENT).mean() / 10
+    metrics = torch.stack([loss, bpp.mean(), z_bits.mean() / pixels, distortion.mean(), loss.new_ones(())])
     return loss, metrics.detach()
 
 
