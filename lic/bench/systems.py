@@ -27,7 +27,7 @@ from lic.model.context import Geometry
 from lic.pipeline import windows
 from lic.pipeline.codec import latent_boxes
 from lic.pipeline.tile import Latents, Writer, code_tiles
-from lic.quality import quality_of
+from lic.quality import TUNES, quality_of
 
 _WARM_UP = 128  # pixels a side of the picture that is coded before times are taken
 
@@ -42,15 +42,18 @@ class Times:
 
 
 def installed(base: str, names: Sequence[str] | None = None) -> list[store.ModelInfo]:
-    """The models of these names, by default all whose weights lie beside those of ``base``; in the order of CONFIGS.
+    """The models of these names, in the order of CONFIGS.
 
+    By default all whose weights lie beside those of ``base``, but for those that are one of them tuned otherwise.
     Raises LicError if one is not installed.
     """
     first = store.find(base)
     if names is not None:
         found = [store.find(name) for name in names]
     else:
+        tuned = tuple(f"-{tune}" for tune in TUNES)
         found = [info for info in store.available() if info.path.parent == first.path.parent]
+        found = [info for info in found if not info.name.endswith(tuned)]
     order = list(CONFIGS)
     return sorted(found, key=lambda info: order.index(info.name) if info.name in order else len(order))
 
