@@ -622,8 +622,8 @@ def models(as_json: bool) -> int:
             click.echo(json.dumps({**facts, "path": str(model.path), "sha256": model.sha256}))
         return 0
     if not found:
-        raise LicError("no models found: the weights/ folder is empty; $LIC_MODELS may name further folders")
-    row = "{:<12} {:>10} {:>9} {:>9} {:>13}  {}"
+        raise LicError("no models found: weights/ holds none of this version; $LIC_MODELS may name further folders")
+    row = "{:<14} {:>10} {:>9} {:>9} {:>13}  {}"
     click.echo(row.format("name", "parameters", "kMAC/px", "decoder", "bpp", "sha256"))
     for model in found:
         rates = "{:.2f}-{:.2f}".format(*model.rate_range) if model.rate_range else "-"

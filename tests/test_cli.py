@@ -281,7 +281,7 @@ def test_usage_errors_come_before_any_work(lic: Run, tmp_path: Path, png: Path, 
         (["encode", "photo.png", "folder.lic"], "folder.lic: is a folder"),
         (["encode", "text.png", "a.lic"], "text.png: not a picture"),
         (["encode", "float.tif", "a.lic"], "float.tif: floating-point pictures are not supported"),
-        (["encode", "photo.png", "a.lic", "--max-pixels", "3000"], "photo.png: 70x44 pixels"),
+        (["encode", "photo.png", "a.lic", "--max-pixels", "8191"], "photo.png: 70x44, in units of 64x64, is over"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -291,6 +291,12 @@ def test_failing_inputs_and_outputs(lic: Run, tmp_path: Path, png: Path, argumen
     Image.new("F", (8, 8)).save(tmp_path / "float.tif")
     assert word in failure(lic(*arguments), 1)
     assert not (tmp_path / "a.lic").exists()
+
+
+def test_pictures_and_files_are_limited_alike(lic: Run, tmp_path: Path, png: Path) -> None:
+    for command in (["encode", "photo.png", "a.lic"], ["decode", "a.lic", "b.png"]):
+        assert lic(*command, "--max-pixels", "8192").returncode == 0  # 70x44 pixels count as 128x64
+    assert "--max-pixels" in failure(lic("decode", "a.lic", "b.png", "--max-pixels", "8191"), 4)
 
 
 def test_without_arguments_it_helps(lic: Run) -> None:

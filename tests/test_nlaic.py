@@ -117,9 +117,9 @@ def test_state_shapes_are_as_listed(model: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"slices": [2, 7, 4]}, "slices of 13 channels"),
+        ({"slices": [2, 7, 4]}, "parts of 13 channels"),
         ({"slices": [0, 9, 3]}, "slices"),
-        ({"slices": []}, "slices"),
+        ({"slices": []}, "parts of 0 channels"),
         ({"widths": [16]}, "2 hidden layers"),
         ({"heads": 4}, "heads"),
     ],

@@ -399,14 +399,21 @@ def _padded(width: int, height: int) -> int:
     return -(-width // TILE_UNIT) * -(-height // TILE_UNIT) * TILE_UNIT**2
 
 
+def over_limit(width: int, height: int, max_pixels: int | None) -> str | None:
+    """That a picture has more pixels than the limit, in words, or None; readers and writers count them alike."""
+    if max_pixels is None or _padded(width, height) <= max_pixels:
+        return None
+    units = f"{TILE_UNIT}x{TILE_UNIT}"
+    return (
+        f"{width}x{height}, in units of {units}, is over the limit of {max_pixels} pixels: raise it with --max-pixels"
+    )
+
+
 def _too_large(header: Header, max_pixels: int | None) -> str | None:
     """The limit that the picture or its first tile, which is the largest, exceeds, in words, or None."""
     width, height = header.width, header.height
-    if max_pixels is not None and _padded(width, height) > max_pixels:
-        return (
-            f"{width}x{height}, in units of {TILE_UNIT}x{TILE_UNIT}, is over the limit of {max_pixels} pixels: "
-            "raise it with --max-pixels"
-        )
+    if problem := over_limit(width, height, max_pixels):
+        return problem
     if header.tile:
         width, height = min(width, header.tile), min(height, header.tile)
     if _padded(width, height) > TILE_LIMIT:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from lic.container import METADATA_LIMIT, Metadata, Reduced
+from lic.container import METADATA_LIMIT, Metadata, Reduced, over_limit
 from lic.errors import LicError
 from lic.images import deep, exif
 from lic.images.limits import without_pillows_limits
@@ -46,8 +46,8 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def picture_of(source: bytes | Image.Image | np.ndarray | Picture, *, max_pixels: int, strip: bool = False) -> Picture:
     """The picture of a file's bytes, upright, in 8 or 16 bits per sample; or of Pillow's or NumPy's picture.
 
-    ``strip`` leaves all metadata out. Raises LicError (one line) when ``source`` is no picture, damaged, has
-    more than ``max_pixels`` pixels or none, or is of a kind that cannot be coded.
+    ``strip`` leaves all metadata out. Raises LicError (one line) when ``source`` is no picture, damaged, is over
+    ``max_pixels`` (as a reader of its file counts them) or has none, or is of a kind that cannot be coded.
     """
     if isinstance(source, bytes):
         picture = _of_file(source, max_pixels)
@@ -55,8 +55,7 @@ def picture_of(source: bytes | Image.Image | np.ndarray | Picture, *, max_pixels
         picture = _of_image(source, {})
     else:
         picture = source if isinstance(source, Picture) else picture_of_array(source)
-    if picture.width * picture.height > max_pixels:
-        raise _too_large(picture.width, picture.height, max_pixels)
+    _check_size(picture.width, picture.height, max_pixels)
     return _stripped(picture) if strip else picture
 
 
@@ -71,8 +70,9 @@ def rgb_of(source: Image.Image | np.ndarray | Picture) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(picture.colour, (picture.height, picture.width, 3)))
 
 
-def _too_large(width: int, height: int, max_pixels: int) -> LicError:
-    return LicError(f"{width}x{height} pixels are more than the limit of {max_pixels} (--max-pixels)")
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if problem := over_limit(width, height, max_pixels):
+        raise LicError(problem)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -83,8 +83,7 @@ def _of_file(data: bytes, max_pixels: int) -> Picture:
     try:
         with without_pillows_limits():
             image = Image.open(io.BytesIO(data), formats=READABLE)
-            if image.width * image.height > max_pixels:
-                raise _too_large(image.width, image.height, max_pixels)
+            _check_size(image.width, image.height, max_pixels)
             tiles = list(image.tile)
             reasons = _reasons(image, data)
             is_deep = deep.is_deep(image, tiles)

@@ -1,8 +1,9 @@
 """Weights files: one safetensors file a model, with configuration, tables, identities and provenance inside.
 
 Listing models never imports torch. A file holds, for the matrices of the exact entropy path, 8-bit integers with a
-power of two for each row; for those of the other networks 8-bit rows with a float scale; 16-bit floats for the
-shortcut, 32-bit floats for the rest, and the integer tables.
+power of two for each row, and its biases as 32-bit floats; for those of the other networks 8-bit rows with a float
+scale; 16-bit floats for whatever else the networks have and for the shortcut, 32-bit floats for gains and priors, and
+the integer tables.
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
 on: configuration, units of the activations, the arrays of h_s and of the context model, and the tables. The *synthesis
@@ -37,6 +38,8 @@ ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables")
 SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain")
 REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
 NETWORKS = ("g_a", "g_s", "h_a")
+HALF_PARTS = (*NETWORKS, *EXACT_PARTS, "shortcut")
+SMALLEST_ROW = 1e-3  # largest value of a row of 8-bit integers; smaller rows lose bits, which do not matter
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -228,8 +231,8 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     """Write a weights file of a network whose exact path is frozen (:meth:`CodecModel.freeze`).
 
     ``meta`` holds rate_range and provenance; everything else is made here. With ``shared_from`` the file takes the
-    arrays that are the same from that file, which must lie in the same folder. Raises ValueError, before anything is
-    written, if the network is not frozen or a certificate fails.
+    arrays that are the same from that file, which must lie in the same folder. The exact path of the network is rounded
+    to what the file holds. Raises ValueError, before anything is written, if it is not frozen or a certificate fails.
     """
     import torch
     from safetensors.numpy import load_file as read
@@ -241,8 +244,6 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     layers = net.exact_layers()
     if any(layer.exponent is None for layer in layers.values()):
         raise ValueError("the exact path is not frozen")
-    with torch.no_grad():
-        net.visit()
     theirs = {} if shared_from is None else read(shared_from.path)
     arrays: dict[str, np.ndarray] = {}
     for name, tensor in net.state_dict().items():
@@ -253,15 +254,20 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             arrays[name] = _scaled(value, exponent).astype(np.int8)
             arrays[name + EXPONENT] = exponent
         elif part in NETWORKS and value.ndim == 2 and name.endswith(".weight"):
-            scale = np.maximum(np.abs(value).max(axis=1), 1e-12) / 127
+            scale = _half(np.maximum(np.abs(value).max(axis=1), SMALLEST_ROW) / 127)
             if name + SCALE in theirs and np.array_equal(_rows(theirs, name), value):
                 scale = theirs[name + SCALE]  # which the largest value need not give to the last bit
-            arrays[name] = np.rint(value / scale[:, None]).astype(np.int8)
-            arrays[name + SCALE] = scale.astype(np.float32)
-        elif part == "shortcut":
-            arrays[name] = value.astype(np.float16)
+            arrays[name] = np.rint(value / scale.astype(np.float32)[:, None]).clip(-127, 127).astype(np.int8)
+            arrays[name + SCALE] = scale
+        elif name in theirs and np.array_equal(theirs[name].astype(np.float32), value):
+            arrays[name] = theirs[name]
+        elif part in HALF_PARTS and name.removesuffix(".bias") not in layers:
+            arrays[name] = _half(value)
+            tensor.copy_(torch.from_numpy(arrays[name].astype(np.float32)))
         else:
             arrays[name] = value
+    with torch.no_grad():
+        net.visit()
     for name, table in zip(("log2", "index"), net.unit_tables or net.make_unit_tables(), strict=True):
         arrays[f"units.{name}"] = table.cpu().numpy().astype(np.int32)
     y_tables, z_tables = make_tables(net)
@@ -287,6 +293,14 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     }
     own = {k: np.ascontiguousarray(v) for k, v in arrays.items() if k not in shared}
     atomic.write(path, save(own, {"lic": json.dumps(header)}))
+
+
+def _half(value: np.ndarray) -> np.ndarray:
+    """As 16-bit floats. Raises ValueError for values that these cannot hold."""
+    half = value.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("a weight is too large for 16 bits")
+    return half
 
 
 def _rows(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:

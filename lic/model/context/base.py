@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lic.coder import SCALES
 from lic.exact import Fixed, Grid, power_of_two
 from lic.exact.tables import EXP2, EXP2_BITS, EXP2_INDEX_BITS, LOG, LOG_BITS, RATIO_BITS, RATIO_LIMIT
+from lic.model.config import Config
 from lic.model.layers import NARROW, lower_bound
 
 FRACTIONS = 8  # positions of the mean inside a quantiser step
@@ -26,6 +28,38 @@ MEAN_LIMIT = FRACTIONS << 17  # of predicted means, in eighths
 HEAD_BITS, HEAD_LIMIT = 10, 32767  # grid of what a context model answers: 1/1024, up to 32
 INDEX_BITS = 24  # fraction bits of scale indices before they are rounded
 INDEX_FACTOR = round(2 ** (INDEX_BITS - HEAD_BITS) / LOG_SCALE_STEP)  # scale indices in an answer of 1/1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """``context`` of a configuration; every system has a subclass with its fields.
+
+    Fields are of type int, str or Sequence[int]; numbers are sizes, and so positive.
+    """
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Raises ValueError for options that do not exist or do not fit."""
+        try:
+            options = cls(**config.context)
+            for field in fields(options):
+                value = getattr(options, field.name)
+                sizes = [] if field.type == "str" else [value] if field.type == "int" else value
+                if not all(type(n) is int and n > 0 for n in sizes):
+                    raise ValueError(f"options of {config.system}: {field.name} must be positive, not {value!r}")
+            options.check(config)
+        except TypeError as error:
+            raise ValueError(f"options of {config.system}: {error}") from None
+        return options
+
+    def check(self, config: Config) -> None:
+        """Raises ValueError for options that do not fit each other or the rest of the configuration."""
+
+
+def check_channels(parts: Sequence[int], config: Config) -> None:
+    """Raises ValueError unless these numbers of channels are all latent channels together."""
+    if sum(parts) != config.latent:
+        raise ValueError(f"parts of {sum(parts)} channels for latents of {config.latent}")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lic.exact import Fixed, Grid, Linear, QualityTable, attend
 from lic.model.config import Config
 from lic.model.context.attention import Attention, Windows
-from lic.model.context.base import Context, Geometry, Prediction, Unit
+from lic.model.context.base import Context, Geometry, Options, Prediction, Unit, check_channels
 from lic.model.layers import NARROW, WIDE, FeedForward, near_zero
 
 BLOCK = 64  # keys whose weighted values float32 sums exactly
@@ -35,8 +35,8 @@ ORDERS = ("channel", "spatial")
 
 
 @dataclass(frozen=True)
-class Options:
-    """``context`` of the configuration."""
+class EContextformerOptions(Options):
+    """Sizes of the model."""
 
     segments: Sequence[int]  # latent channels of each segment, in order of energy
     order: str  # "channel": all segments of one half, then of the other; "spatial": both halves of each segment
@@ -45,22 +45,14 @@ class Options:
     layers: int
     window: int  # side of the attention windows in latent positions, a multiple of 4
 
-    @classmethod
-    def of(cls, config: Config) -> Options:
-        """Raises ValueError for options that do not exist or do not fit."""
-        try:
-            options = cls(**config.context)
-        except TypeError as error:
-            raise ValueError(f"options of econtextformer: {error}") from None
-        if sum(options.segments) != config.latent:
-            raise ValueError(f"segments of {sum(options.segments)} channels for latents of {config.latent}")
-        if options.order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {options.order!r}")
-        if options.window < 4 or options.window % 4:
-            raise ValueError(f"windows of {options.window} positions: must be a multiple of 4")
-        if options.heads < 1 or options.width % options.heads:
-            raise ValueError(f"{options.heads} heads in a width of {options.width}")
-        return options
+    def check(self, config: Config) -> None:
+        check_channels(self.segments, config)
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {self.order!r}")
+        if self.window % 4:
+            raise ValueError(f"windows of {self.window} positions: must be a multiple of 4")
+        if self.width % self.heads:
+            raise ValueError(f"{self.heads} heads in a width of {self.width}")
 
 
 class CheckerboardSchedule:
@@ -142,7 +134,7 @@ class Layer(nn.Module):
 
     index: Tensor  # entry of the table of relative positions for query and key
 
-    def __init__(self, options: Options, index: Tensor, shifted: bool) -> None:
+    def __init__(self, options: EContextformerOptions, index: Tensor, shifted: bool) -> None:
         super().__init__()
         side, segments = options.window, len(options.segments)
         shift = side // 2 if shifted else 0
@@ -193,7 +185,7 @@ class EContextformer(Context):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        options = Options.of(config)
+        options = EContextformerOptions.of(config)
         self.schedule: CheckerboardSchedule = CheckerboardSchedule(options.segments, options.order)
         groups, width = self.schedule.groups, options.width
         self.wide, self.narrow = Grid(WIDE), Grid(NARROW)

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from lic.exact import Depthwise, Fixed, Grid, Linear, QualityTable, attend
 from lic.model.config import Config
 from lic.model.context.attention import Attention, Windows
-from lic.model.context.base import Context, Geometry, Prediction, Unit
+from lic.model.context.base import Context, Geometry, Options, Prediction, Unit, check_channels
 from lic.model.layers import NARROW, WIDE, FeedForward, near_zero
 
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # row and column inside a cell, in coding order
 
 
 @dataclass(frozen=True)
-class Options:
-    """``context`` of the configuration."""
+class GroupedMixerOptions(Options):
+    """Sizes of the model."""
 
     slices: Sequence[int]  # latent channels of each slice, in order of energy
     width: int
@@ -35,16 +35,8 @@ class Options:
     mixers: int  # pairs of inner-group and cross-group mixers
     window: int  # side of the inner-group attention windows, in cells of 32x32 pixels
 
-    @classmethod
-    def of(cls, config: Config) -> Options:
-        """Raises ValueError for options that do not exist or do not fit."""
-        try:
-            options = cls(**config.context)
-        except TypeError as error:
-            raise ValueError(f"options of groupedmixer: {error}") from None
-        if sum(options.slices) != config.latent:
-            raise ValueError(f"slices of {sum(options.slices)} channels for latents of {config.latent}")
-        return options
+    def check(self, config: Config) -> None:
+        check_channels(self.slices, config)
 
 
 class GroupSchedule:
@@ -96,7 +88,7 @@ class InnerMixer(nn.Module):
 
     index: Tensor  # (window², window²): entry of the table of relative positions for query and key
 
-    def __init__(self, options: Options, groups: int, shifted: bool) -> None:
+    def __init__(self, options: GroupedMixerOptions, groups: int, shifted: bool) -> None:
         super().__init__()
         width = options.width
         window = options.window
@@ -129,7 +121,7 @@ class InnerMixer(nn.Module):
 class CrossMixer(nn.Module):
     """Attention at the same cell to the groups up to the token's own, feed-forward."""
 
-    def __init__(self, options: Options, groups: int) -> None:
+    def __init__(self, options: GroupedMixerOptions, groups: int) -> None:
         super().__init__()
         self.attention = Attention(options.width, options.heads)
         self.bias = nn.Parameter(torch.zeros(options.heads, groups, groups))
@@ -156,7 +148,7 @@ class GroupedMixer(Context):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        options = Options.of(config)
+        options = GroupedMixerOptions.of(config)
         self.schedule: GroupSchedule = GroupSchedule(options.slices)
         groups, width = self.schedule.groups, options.width
         self.wide, self.narrow = Grid(WIDE), Grid(NARROW)

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lic.exact import Fixed, Grid, Linear, QualityTable
 from lic.model.config import Config
-from lic.model.context.base import Context, Geometry, Prediction, Unit
+from lic.model.context.base import Context, Geometry, Options, Prediction, Unit
 from lic.model.layers import NARROW, WIDE, near_zero
 
 
 @dataclass(frozen=True)
-class Options:
-    """``context`` of the configuration."""
+class HyperpriorOptions(Options):
+    """Sizes of the model."""
 
     width: int
-
-    @classmethod
-    def of(cls, config: Config) -> Options:
-        """Raises ValueError for options that do not exist or do not fit."""
-        try:
-            options = cls(**config.context)
-        except TypeError as error:
-            raise ValueError(f"options of hyperprior: {error}") from None
-        if not all(type(n) is int and n > 0 for n in astuple(options)):
-            raise ValueError("options of hyperprior: sizes must be positive integers")
-        return options
 
 
 class AllAtOnce:
@@ -79,7 +68,7 @@ class HyperpriorOnly(Context):
         super().__init__()
         self.schedule: AllAtOnce = AllAtOnce()
         self.channels = slice(0, config.latent)
-        self.head = PsiHead(config, Options.of(config).width)
+        self.head = PsiHead(config, HyperpriorOptions.of(config).width)
 
     def start(self, psi: Fixed, geometry: Geometry, code: Tensor, unit: Unit) -> HyperpriorOnlyState:
         return HyperpriorOnlyState(unit.of(self.channels).prediction(self.head(psi, code, self.answer)))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lic.exact import Depthwise, Fixed, Grid, Linear, QualityTable
 from lic.model.config import Config
-from lic.model.context.base import Context, Geometry, Prediction, Unit
+from lic.model.context.base import Context, Geometry, Options, Prediction, Unit, check_channels
 from lic.model.context.hyperprior_only import PsiHead
 from lic.model.layers import NARROW, WIDE, FeedForward, near_zero
 
@@ -38,27 +38,18 @@ MAX_LEVELS = 2  # latent grids are multiples of 4
 
 
 @dataclass(frozen=True)
-class Options:
-    """``context`` of the configuration."""
+class MSPOptions(Options):
+    """Sizes of the model."""
 
     levels: int  # scales after the coarsest
     slices: Sequence[int]  # latent channels of each slice, in order of energy
     width: int
     depth: int  # blocks
 
-    @classmethod
-    def of(cls, config: Config) -> Options:
-        """Raises ValueError for options that do not exist or do not fit."""
-        try:
-            options = cls(**config.context)
-            sizes = (options.levels, options.width, options.depth, *options.slices)
-        except TypeError as error:
-            raise ValueError(f"options of msp: {error}") from None
-        if not all(type(n) is int and n > 0 for n in sizes) or options.levels > MAX_LEVELS:
-            raise ValueError(f"options of msp: sizes must be positive integers, levels at most {MAX_LEVELS}")
-        if sum(options.slices) != config.latent:
-            raise ValueError(f"slices of {sum(options.slices)} channels for latents of {config.latent}")
-        return options
+    def check(self, config: Config) -> None:
+        check_channels(self.slices, config)
+        if self.levels > MAX_LEVELS:
+            raise ValueError(f"{self.levels} levels: at most {MAX_LEVELS}")
 
 
 class Lattice(NamedTuple):
@@ -149,7 +140,7 @@ class MSP(Context):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        options = Options.of(config)
+        options = MSPOptions.of(config)
         self.schedule: LatticeSchedule = LatticeSchedule(options.levels, options.slices)
         levels, places, width = options.levels, self.schedule.places, options.width
         self.wide, self.narrow = Grid(WIDE), Grid(NARROW)

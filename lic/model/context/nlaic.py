@@ -21,7 +21,7 @@ from torch import Tensor
 from lic.exact import Fixed, Grid, Linear, QualityTable
 from lic.exact.tables import LOG_BITS
 from lic.model.config import Config
-from lic.model.context.base import Context, Geometry, Prediction, Unit
+from lic.model.context.base import Context, Geometry, Options, Prediction, Unit, check_channels
 from lic.model.layers import NARROW, WIDE, near_zero
 
 LAG = 3  # rows that a plane is behind the one before
@@ -36,27 +36,20 @@ MAX_STREAMS = 254  # of a tile, without the hyper-latents
 
 
 @dataclass(frozen=True)
-class Options:
-    """``context`` of the configuration."""
+class NlaicOptions(Options):
+    """Sizes of the model."""
 
     slices: Sequence[int]  # latent channels of each stream, in order of energy
     filters: int
     features: int  # of psi, for each channel
     widths: Sequence[int]  # of the two hidden layers
 
-    @classmethod
-    def of(cls, config: Config) -> Options:
-        """Raises ValueError for options that do not exist or do not fit."""
-        try:
-            options = cls(**config.context)
-            hidden = len(options.widths)
-        except TypeError as error:
-            raise ValueError(f"options of nlaic: {error}") from None
-        if sum(options.slices) != config.latent or min(options.slices) < 1 or len(options.slices) > MAX_STREAMS:
-            raise ValueError(f"slices of {sum(options.slices)} channels for latents of {config.latent}")
-        if hidden != 2:
-            raise ValueError(f"nlaic has 2 hidden layers, not {hidden}")
-        return options
+    def check(self, config: Config) -> None:
+        check_channels(self.slices, config)
+        if len(self.slices) > MAX_STREAMS:
+            raise ValueError(f"{len(self.slices)} slices: at most {MAX_STREAMS} streams")
+        if len(self.widths) != 2:
+            raise ValueError(f"nlaic has 2 hidden layers, not {len(self.widths)}")
 
 
 class Wavefront:
@@ -107,7 +100,7 @@ class Nlaic(Context):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        options = Options.of(config)
+        options = NlaicOptions.of(config)
         self.schedule: Wavefront = Wavefront(options.slices)
         first, second = options.widths
         self.wide, self.joined, self.hidden1, self.hidden2 = Grid(WIDE), *(Grid(NARROW) for _ in range(3))
