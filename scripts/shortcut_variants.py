@@ -5,6 +5,7 @@ Usage: python scripts/shortcut_variants.py PICTURES... [--pictures 90]     (need
 A Karhunen-Loeve transform, fitted to the same pictures, of what a fixed transform makes of every 16x16 pixels: the
 pixels themselves (blocks), the lapped orthogonal transform, or the coefficients of four levels of a wavelet. As many
 coefficients as the codec has latent channels are rounded at every step; bits are the zero-order entropy of each.
+Half of the pictures are scaled down, as in training. BD-rate is that against blocks.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import numpy as np
 import pywt
 import torch
 
+from lic.bench.bdrate import Curve, bd_rate
 from lic.model.config import BASE, DOWNSAMPLING
 from lic.model.transforms import lapped_basis
 from lic.train.data import Pictures
 
-SIDE = 512  # of the crops, in pixels
+SIDE = 512  # of the crops in pixels, after they were mirrored: so they repeat without an edge
 STEPS = (64, 32, 16, 8)  # of the quantiser, on the scale of 8-bit samples
 LEVELS = 4  # of the wavelets: 16 pixels
 WAVELETS = ("bior4.4", "sym8")  # the CDF 9/7 of JPEG 2000, and an orthogonal one
@@ -49,7 +51,6 @@ def _pixels(cells: np.ndarray, side: int) -> np.ndarray:
 
 
 def _lapped() -> Variant:
-    """The picture repeats beyond its border, for all variants alike."""
     basis = lapped_basis(DOWNSAMPLING)  # (16, 32): rows are basis functions
     matrix = np.zeros((SIDE, SIDE))
     for i in range(0, SIDE, DOWNSAMPLING):
@@ -100,27 +101,33 @@ def _entropy(symbols: np.ndarray) -> float:
 
 @click.command(help=__doc__)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--pictures", "count", default=90, show_default=True)
+@click.option("--pictures", "count", default=90, show_default=True, type=click.IntRange(2))
 def main(paths: tuple[Path, ...], count: int) -> None:
     source = Pictures(list(paths), torch.device("cpu"), seed=1, watch=False)
     source.wait_for_all(SIDE)
-    crops = source.pools[0].crops(count, SIDE, torch.Generator().manual_seed(1)).numpy().astype(np.float64) - 128
+    generator = torch.Generator().manual_seed(1)
+    pixels = np.concatenate([pool.crops(count // 2, SIDE // 2, generator).numpy() for pool in source.pools])
+    pixels = np.concatenate([pixels, pixels[:, ::-1]], axis=1)
+    crops = np.concatenate([pixels, pixels[:, :, ::-1]], axis=2).astype(np.float64) - 128
     source.close()
+    curves: list[Curve] = []
     for name, variant in VARIANTS.items():
         vectors = np.concatenate([variant.analysis(crop[None]) for crop in crops])
         flat = vectors.reshape(-1, vectors.shape[-1])
         basis = np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, : BASE.latent]
         y = flat @ basis
-        points = []
+        rates, qualities = [], []
         for step in STEPS:
             rounded = np.rint(y / step)
             back = (rounded * step @ basis.T).reshape(vectors.shape)
             error = np.mean([
                 np.square(variant.synthesis(v[None])[0] - crop).mean() for v, crop in zip(back, crops, strict=True)
             ])  # fmt: skip
-            bpp = _entropy(rounded) / (crops.shape[0] * SIDE * SIDE)
-            points.append(f"step {step}: {bpp:.3f} bpp, {10 * np.log10(255**2 / error):.2f} dB")
-        click.echo(f"{name:<18}{'   '.join(points)}")
+            rates.append(_entropy(rounded) / (crops.shape[0] * SIDE * SIDE))
+            qualities.append(float(10 * np.log10(255**2 / error)))
+        curves.append(Curve(name, tuple(rates[::-1]), tuple(qualities[::-1])))
+        points = "".join(f"{rate:8.3f} bpp {quality:.2f} dB" for rate, quality in zip(rates, qualities, strict=True))
+        click.echo(f"{name:<18}{points}   BD-rate {bd_rate(curves[0], curves[-1]):+.1f} %")
 
 
 if __name__ == "__main__":
