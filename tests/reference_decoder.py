@@ -398,13 +398,18 @@ class Weights:
         return self.arrays[name].astype(np.int64)
 
     def rounded(self, name: str, n: Ints | int) -> Ints:
-        """round(p · 2^n) for every float p of an array, from the bits of p: sign, 8 of exponent, 23 of mantissa."""
+        """round(p · 2^n) for every float p of an array, from the bits of p: sign, exponent, mantissa."""
+        places = {"<f4": (8, 23), "<f2": (5, 10)}.get(self.types[name])  # of exponent and mantissa
+        if places is None:
+            raise ValueError(f"{name} should be floats of 16 or 32 bits")
+        of_exponent, of_mantissa = places
         bits = self.arrays[name].astype(np.int64)
-        exponent, mantissa = bits >> 23 & 255, bits & (1 << 23) - 1
-        if self.types[name] != "<f4" or (exponent == 255).any():
-            raise ValueError(f"{name} should be finite 32-bit floats")
-        whole = np.where(exponent > 0, mantissa | 1 << 23, mantissa)
-        return np.where(bits >> 31, -1, 1) * scale(whole, np.maximum(exponent, 1) - 150 + n)
+        exponent, mantissa = bits >> of_mantissa & (1 << of_exponent) - 1, bits & (1 << of_mantissa) - 1
+        if (exponent == (1 << of_exponent) - 1).any():
+            raise ValueError(f"{name} should be finite")
+        whole = np.where(exponent > 0, mantissa | 1 << of_mantissa, mantissa)
+        unit = 2 - (1 << of_exponent - 1) - of_mantissa  # exponent of the last place of the smallest numbers
+        return np.where(bits >> of_exponent + of_mantissa, -1, 1) * scale(whole, unit - 1 + np.maximum(exponent, 1) + n)
 
     def grid(self, name: str) -> tuple[int, int]:
         """The bits and the limit."""
