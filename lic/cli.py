@@ -264,7 +264,7 @@ _max_pixels = option(
     default=DEFAULT_MAX_PIXELS,
     show_default=True,
     metavar="N",
-    help="Refuse larger pictures.",
+    help="Refuse larger pictures; sides count in units of 64 pixels.",
 )
 
 

@@ -90,7 +90,8 @@ def main_table(found: Numbers, cost: Numbers) -> list[str]:
         "Parameters and kMAC/px are those of the context model, the next column is the whole decoder. Steps and "
         f"streams are those of a picture of {_size(cost['size'])}. Times are medians of {pictures} pictures at quality "
         f"{cost['quality']:g} (fewer for models of many steps), memory is the peak of a process that encodes and "
-        "decodes one. In brackets which part of the model the training was of."
+        "decodes one. Training is the last run of each model, in brackets the part that it trained; all runs are in "
+        "training.md."
     )
     return ["## All models", table(head, rows), text, *_main_reading(percent, found["reference"], models)]
 
