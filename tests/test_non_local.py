@@ -383,6 +383,22 @@ def test_scaling_factors_alone(photos: Path, tmp_path: Path) -> None:
     assert np.array_equal(pipeline.decode_rgb(loaded, encoded.container).rgb, encoded.reconstruction)
 
 
+def test_synthesis_alone(photos: Path, tmp_path: Path) -> None:
+    parent, _ = copy_of_tiny(tmp_path)
+    arguments = [photos, "--state", tmp_path, "--minutes", 1, "--steps", 2, "--part", "synthesis", "--model", "tiny",
+                 "--batch", 2, "--crop", 64, "--init", parent, "--device", "cpu"]  # fmt: skip
+    result = CliRunner().invoke(command, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    target = tmp_path / "fine.safetensors"
+    export(tmp_path / "state.pt", target, calibration=[], shared_from=parent, name="fine", data="", rate_range=None)
+    assert {name.split(".")[0] for name in read_arrays(target)} == {"g_s", "log_igain"}
+    loaded = store.load_file(store.read_info(target))
+    fine, plain = (pipeline.encode_rgb(model, picture(64, 64), 20_000)
+                   for model in (loaded, store.load_file(store.read_info(parent))))  # fmt: skip
+    assert np.array_equal(pipeline.decode_rgb(loaded, fine.container).rgb, fine.reconstruction)
+    assert not np.array_equal(fine.reconstruction, plain.reconstruction)
+
+
 def test_parts_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(LicError, match="no non-local"):
         Trainer(replace(SETTINGS, part="nonlocal"), CPU)

@@ -91,6 +91,7 @@ CONFIGS = {
             features=8,
             widths=[64, 96],
         ),
+        _context("msp-light", "msp", levels=1, slices=[320], width=24, depth=1),
         _context("msp-fast", "msp", levels=1, slices=[320], width=80, depth=2),
         _context("msp", "msp", levels=2, slices=[80, 240], width=160, depth=4),
         _context("msp-full", "msp", levels=2, slices=_SEGMENTS, width=216, depth=5),

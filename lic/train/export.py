@@ -49,9 +49,9 @@ def export(
         if part == "nonlocal" or theirs.h_s.non_local is None:
             theirs.h_s.non_local = net.h_s.non_local
         net.h_s = theirs.h_s
-        if part in ("gains", "tables"):
+        if part not in ("context", "nonlocal"):
             net.context = theirs.context
-        else:
+        if part not in ("gains", "tables"):
             units = theirs.unit_tables  # which another machine may have rounded otherwise
     if not net.exact and any(layer.exponent is None for layer in net.exact_layers().values()):
         calibrate(net, Pictures(calibration, torch.device("cpu"), seed=0, watch=False))

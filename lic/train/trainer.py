@@ -44,6 +44,7 @@ PARTS = {
     "all": "everything",
     "context": "the context model alone, as a density model of latents that stay as they are",
     "nonlocal": "the non-local attention modules and the context model",
+    "synthesis": "the synthesis transform and its gains, on latents rounded as the encoder does",
     "gains": "the scaling factors of a finished model (log_gain, log_igain)",
     "tables": "these and the transforms' other tables by quality, the scales and offsets of their stages",
 }
@@ -54,6 +55,8 @@ def _is_trained(part: str, name: str) -> bool:
     if part in ("gains", "tables"):
         is_stage = part == "tables" and name.startswith(("g_a.", "g_s.")) and ".quality." in name
         return is_stage or name.startswith(("log_gain.", "log_igain."))
+    if part == "synthesis":
+        return name.startswith(("g_s.", "log_igain."))
     return part == "all" or name.startswith("context.") or (part == "nonlocal" and ".non_local." in name)
 
 
@@ -300,7 +303,7 @@ class Trainer:
         s = self.settings
         late = self.progress() > 0.75
         batch, crop = (s.late_batch, s.late_crop) if late else (s.batch, s.crop)
-        refine = self.progress() >= 1 - s.refine_part
+        refine = s.part == "synthesis" or self.progress() >= 1 - s.refine_part
         frozen = refine or (s.part == "all" and self.progress() < s.frozen_part)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             # The decoder shares these with the analysis: without rate in their gradient they would run away.

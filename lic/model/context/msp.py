@@ -12,8 +12,8 @@ is the sum of the embeddings of its known slices, and zero where nothing is: the
 contribute, and tell a known zero from what is outside the picture.
 
 From the publication come the idea, coarse to fine in a number of steps that does not depend on the size, and profiles
-that trade work for rate (msp-fast, msp and msp-full of `lic.model.config`). The lattices, their order and the networks
-are this codec's own.
+that trade work for rate (msp-light, msp-fast, msp and msp-full of `lic.model.config`). The lattices, their order and
+the networks are this codec's own.
 """
 
 from __future__ import annotations
