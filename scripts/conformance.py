@@ -53,7 +53,7 @@ ENVIRONMENTS = {  # other kernels of the libraries that torch computes with
 def main(
     sources: tuple[Path, ...], model: str, qualities: str, crop: int | None, path: str, expect: Path | None
 ) -> None:
-    loaded = {device: store.load(model, device) for device in _devices()}
+    loaded = {device: store.load(model, device) for device in (_devices() if expect is None else ["cpu"])}
     if expect is not None:
         _worker(loaded["cpu"], sources, json.loads(expect.read_text()), path)
         return

@@ -58,7 +58,8 @@ def main(
     codec = lic.Codec(model, device, threads=threads)
     tasks = [(int(e), float(q), f) for e in efforts.split(",") for q in qualities.split(",") for f in files]
     for effort, quality, path in tqdm(tasks, unit="encoding"):
-        key = f"{name} {model} {threads} {effort} {quality:g} {path.stem}"
+        where = threads if device == "cpu" else device
+        key = f"{name} {model} {where} {effort} {quality:g} {path.stem}"
         if key not in results:
             results[key] = measure(codec, path, quality, effort, tune)
             output.write_text(json.dumps(results, indent=0) + "\n")

@@ -73,12 +73,12 @@ def main_table(found: Numbers, cost: Numbers) -> list[str]:
     rows = []
     for name, entry in models.items():
         own = found["own_transforms"].get(name)
+        saved = f"BD-rate {_percent(own['bd_rate'])} against `{found['base']}`" if own else _percent(percent.get(name))
         kmac = [f"{entry[key]:.1f}" for key in ("kmac", "decoder_kmac")]
         counts = [str(entry[key]) for key in ("steps", "streams")]
         seconds = [f"{entry['times'][key]:.2f}" for key in ("encode", "decode")]
         rows.append([
-            f"`{name}`", f"BD-rate {_percent(own['bd_rate'])} against `{found['base']}`" if own else _percent(percent.get(name)),
-            f"{entry['parameters'] / 1e6:.2f}", *kmac, *counts, *seconds,
+            f"`{name}`", saved, f"{entry['parameters'] / 1e6:.2f}", *kmac, *counts, *seconds,
             "" if entry["memory_mb"] is None else f"{entry['memory_mb']:.0f}", _training(entry["training"]),
         ])  # fmt: skip
     head = [
@@ -90,8 +90,8 @@ def main_table(found: Numbers, cost: Numbers) -> list[str]:
         "Parameters and kMAC/px are those of the context model, the next column is the whole decoder. Steps and "
         f"streams are those of a picture of {_size(cost['size'])}. Times are medians of {pictures} pictures at quality "
         f"{cost['quality']:g} (fewer for models of many steps), memory is the peak of a process that encodes and "
-        "decodes one. Models with transforms of their own are compared by whole files, below. Training is the last run of each model, in brackets the part that it trained; all runs are in "
-        "training.md."
+        "decodes one. Models with transforms of their own are compared by whole files, below. Training is the last run "
+        "of each model, in brackets the part that it trained; all runs are in training.md."
     )
     return ["## All models", table(head, rows), text, *_main_reading(percent, found["reference"], models)]
 

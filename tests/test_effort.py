@@ -181,7 +181,9 @@ def test_ms_ssim_is_that_of_the_benchmark(size: tuple[int, int, int]) -> None:
     a = random.integers(0, 256, size, dtype=np.uint8)
     b = (a * 0.9 + random.normal(0, 9, size)).clip(0, 255).astype(np.uint8)
     shown, seen = (torch.from_numpy(array.astype(np.float32)) for array in (b, a))
-    assert float(ms_ssim(shown, seen)) == pytest.approx(metrics.ms_ssim(b, a), abs=2e-4)
+    alone = ms_ssim(shown, seen)
+    assert float(alone) == pytest.approx(metrics.ms_ssim(b, a), abs=2e-4)
+    assert ms_ssim(torch.stack([seen, shown]), torch.stack([seen, seen])).tolist() == pytest.approx([1, float(alone)])
 
 
 def test_weight_for_ms_ssim_is_the_second_derivative(photo: np.ndarray) -> None:

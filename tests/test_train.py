@@ -95,6 +95,22 @@ def test_resumes_exactly(optimizer: str, photos: Path, tmp_path: Path) -> None:
     assert take_steps(resumed, source, 3) == second != first
 
 
+def test_continues_on_another_kind_of_device(photos: Path, tmp_path: Path) -> None:
+    source = pictures(photos)
+    source.wait(64)
+    trainer = fresh_trainer(source)
+    take_steps(trainer, source, 2)
+    trainer.save(tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state |= {"device": "cuda", "generator": torch.zeros(16, dtype=torch.uint8)}  # as a GPU writes them
+    state["optimizers"][0]["param_groups"][0]["fused"] = True
+    torch.save(state, tmp_path / "state.pt")
+    moved = Trainer.restore(tmp_path / "state.pt", CPU)
+    assert moved.step == 2 and moved.optimizers[0].param_groups[0]["fused"] is False
+    assert all(torch.equal(v, trainer.model.state_dict()[k]) for k, v in moved.model.state_dict().items())
+    assert np.isfinite(take_steps(moved, source, 2)).all()
+
+
 def test_precision_of_products(photos: Path) -> None:
     source = pictures(photos)
     source.wait(64)
@@ -292,7 +308,6 @@ def test_a_network_that_is_not_frozen_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(photos), "--state", str(tmp_path), "--minutes", "0.1", "--model", "tiny", "--batch", "2",

@@ -83,9 +83,9 @@ DISTORTIONS: dict[Tune, Distortion] = {"psnr": SquaredError(), "ms-ssim": MsSsim
 
 
 def ms_ssim(shown: Tensor, seen: Tensor) -> Tensor:
-    """As :func:`lic.bench.metrics.ms_ssim`, of pixels (H, W, C) in 0..255 and in float32, with gradients."""
-    x, y = _planes(shown), _planes(seen)
-    exponents = ms_ssim_exponents(min(seen.shape[:2]))
+    """As :func:`lic.bench.metrics.ms_ssim`, with gradients: (...) of pixels (..., H, W, C) in 0..255, in float32."""
+    x, y = (pixels.movedim(-1, -3).flatten(0, -3) for pixels in (shown, seen))
+    exponents = ms_ssim_exponents(min(seen.shape[-3:-1]))
     result = torch.ones(len(x), device=x.device)
     for scale, exponent in enumerate(exponents):
         mean_x, mean_y = _blur(x), _blur(y)
@@ -95,7 +95,7 @@ def ms_ssim(shown: Tensor, seen: Tensor) -> Tensor:
             term = term * (2 * mean_x * mean_y + MS_SSIM_C1) / (mean_x.square() + mean_y.square() + MS_SSIM_C1)
         result = result * term.mean(dim=(1, 2)).clamp(min=LEAST_TERM) ** exponent
         x, y = _halved(x), _halved(y)
-    return result.mean()
+    return result.unflatten(0, (*seen.shape[:-3], -1)).mean(-1)
 
 
 def _planes(pixels: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
             target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(target)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = False  # the variances in MS-SSIM are differences of large numbers
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.pt"
     if state.exists():

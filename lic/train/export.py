@@ -54,7 +54,11 @@ def export(
         if part not in ("gains", "tables"):
             units = theirs.unit_tables  # which another machine may have rounded otherwise
     if not net.exact and any(layer.exponent is None for layer in net.exact_layers().values()):
-        calibrate(net, Pictures(calibration, torch.device("cpu"), seed=0, watch=False))
+        pictures = Pictures(calibration, torch.device("cpu"), seed=0, watch=False)
+        try:
+            calibrate(net, pictures)
+        finally:
+            pictures.close()
     net.freeze()
     net.unit_tables = units or net.unit_tables
     provenance: dict[str, Any] = {

@@ -40,13 +40,12 @@ def store_latents(net: CodecModel, pictures: Pictures, target: Path, count: int,
 
 
 class StoredLatents:
-    """Files of :func:`store_latents`, mapped into memory; batches are drawn from all of them alike.
+    """Files of :func:`store_latents`, read into memory; batches are drawn from all of them alike.
 
     Raises LicError if one cannot be read or if they do not go together.
     """
 
     def __init__(self, files: Sequence[Path], device: torch.device) -> None:
-        self._device = device
         self._parts: list[dict[str, Tensor]] = []
         for path in files:
             try:
@@ -58,6 +57,8 @@ class StoredLatents:
             raise LicError("stored latents of one size are needed, from one model")
         self._ends = torch.tensor([len(part["y"]) for part in self._parts]).cumsum(0)
         self.count = int(self._ends[-1])
+        if device.type == "cuda":  # whole, so that a batch is drawn without leaving it
+            self._parts = [{name: torch.cat([p[name] for p in self._parts]).to(device) for name in _TYPES}]
 
     @property
     def side(self) -> int:
@@ -72,11 +73,14 @@ class StoredLatents:
 
     def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Random y (count, h, w, M) and z (count, h/4, w/4, C), as floats, and their quality codes (count,)."""
-        drawn = torch.randint(self.count, (count,), generator=generator, device=generator.device).cpu()
+        drawn = torch.randint(self.count, (count,), generator=generator, device=generator.device)
+        if drawn.is_cuda:
+            y, z, code = (self._parts[0][name][drawn].float() for name in _TYPES)
+            return y, z, code
         places = torch.searchsorted(self._ends, drawn, right=True).tolist()
         rows = [
             (self._parts[place], int(index - self._ends[place]))  # counted from the end
             for place, index in zip(places, drawn, strict=True)
         ]
         y, z, code = (torch.stack([part[name][row] for part, row in rows]).float() for name in _TYPES)
-        return y.to(self._device), z.to(self._device), code.to(self._device)
+        return y, z, code

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from lic.train.data import Pictures, sample
 from lic.train.latents import StoredLatents
 from lic.train.optimizers import make_optimizers
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 LOSS_EXPONENT = 0.4
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
@@ -72,7 +72,7 @@ class Settings:
     learning_rate: float = 1e-3
     warm_up_steps: int = 200
     quantiser: str = "ste"  # one of QUANTISERS
-    optimizer: str = "adamw"  # one of OPTIMIZERS
+    optimizer: str = "adamw"  # see make_optimizers
     precision: str = "auto"  # of products: one of PRECISIONS; likelihoods are always in float32
     frozen_part: float = 0.3  # first share of a run of all parts: linear analysis, entropy model as density model
     exact_part: float = 0.0  # last share, with the integers of the exact path in the loop
@@ -84,6 +84,15 @@ class Settings:
     ema: float = 0.998
     clip: float = 1.0
     seed: int = 1
+
+
+class Phase(NamedTuple):
+    """Of a run: crops in a batch and their side, whether y carries no gradient, whether it is rounded for rate."""
+
+    batch: int
+    crop: int
+    frozen: bool
+    refine: bool
 
 
 class Trainer:
@@ -117,14 +126,22 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(_is_trained(settings.part, name))
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.generator = torch.Generator(device).manual_seed(settings.seed + 1000 * self.rank)
+        self.generator = torch.Generator(device)
         self.optimizers = make_optimizers(self.model, settings.optimizer)
         fast = device.type == "cuda" if settings.precision == "auto" else settings.precision == "bfloat16"
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast)
+        # No cache of casts: that of a pass without gradients would serve the next one, in PyTorch before 2.10.
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+        self.latents: Callable[..., tuple[Tensor, Tensor]] = self.model.latents
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step, self.seconds, self.pixels = 0, 0.0, 0
+        self._seed_random()
         self.fresh = True  # the shortcut still has to be fitted to the pictures
-        self.first_step = 0  # of the present optimiser state: warm-up counts from it
+
+    def _seed_random(self) -> None:
+        """Crops and noise of this process, from here on."""
+        seed = self.settings.seed + 1000 * self.rank + self.step
+        self.generator.manual_seed(seed)
+        torch.manual_seed(seed)
 
     def save(self, path: Path) -> None:
         """Write the state, atomically; only the first process does."""
@@ -138,11 +155,12 @@ class Trainer:
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
-            "first_step": self.first_step,
             "seconds": self.seconds,
             "pixels": self.pixels,
             "generator": self.generator.get_state(),
+            "device": self.device.type,
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "grids": self.model.grid_bits() if self.model.exact else None,
         }
         temporary = path.with_suffix(".tmp")
@@ -151,7 +169,10 @@ class Trainer:
 
     @classmethod
     def restore(cls, path: Path, device: torch.device) -> Trainer:
-        """Continue exactly where :meth:`save` was called. Raises LicError on a state of another version."""
+        """Continue where :meth:`save` was called: exactly, or with new random numbers on another kind of device.
+
+        Raises LicError on a state of another version.
+        """
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state.get("version") != STATE_VERSION:
             raise LicError(f"{path}: state version {state.get('version')}, this lic needs {STATE_VERSION}")
@@ -159,14 +180,17 @@ class Trainer:
         trainer.model.load_state_dict(state["model"])
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+            for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                if "fused" in fresh:  # which goes with the device
+                    group["fused"] = fresh["fused"]
             optimizer.load_state_dict(saved)
         trainer.step, trainer.seconds, trainer.pixels = state["step"], state["seconds"], state["pixels"]
-        trainer.first_step = state["first_step"]
-        if trainer.rank == 0:
+        trainer._seed_random()
+        if trainer.rank == 0 and state["device"] == device.type:  # the state holds the first process's random numbers
             trainer.generator.set_state(state["generator"])
             torch.set_rng_state(state["random"])
-        else:  # the state holds the first process's random numbers: others draw theirs anew
-            trainer.generator.manual_seed(trainer.settings.seed + 1000 * trainer.rank + trainer.step)
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(state["random_cuda"], device)
         trainer.fresh = False
         if state["grids"] is not None:
             trainer.model.set_grid_bits(state["grids"])
@@ -210,15 +234,22 @@ class Trainer:
         pixels = self.pixels
         sums: Tensor | None = None
         loss_of: Callable[..., Any] = self.rate_loss if self.settings.part == "context" else self.loss
-        if self.device.type == "cuda":
-            loss_of = torch.compile(loss_of)
+        compiles = self.device.type == "cuda"
+        if compiles:  # for every size anew: graphs for any size take ten times as long to make
+            loss_of = torch.compile(loss_of, dynamic=False)
+            self.latents = torch.compile(self.model.latents, dynamic=False)
+        compiled: set[Phase] = set()
         while True:
             if isinstance(source, Pictures) and self.progress() > 1 - self.settings.exact_part and not self.model.exact:
                 self.make_exact(source)
+                compiled.clear()
+            phase = self.phase()
             metrics = self.train_step(source, loss_of)
             sums = metrics if sums is None else sums + metrics
             now = time.monotonic()
-            self.seconds += now - last
+            if phase in compiled or not compiles:  # the first step of a phase compiles it: that is no trained time
+                self.seconds += now - last
+            compiled.add(phase)
             last = now
             progress = self.progress()
             finished = self._agree(progress >= 1 or now >= end)
@@ -273,9 +304,16 @@ class Trainer:
             return self.step / self.settings.steps
         return self.seconds / (60 * self.settings.schedule_minutes)
 
+    def phase(self) -> Phase:
+        """What the next step does."""
+        s, progress = self.settings, self.progress()
+        batch, crop = (s.late_batch, s.late_crop) if progress >= 0.75 else (s.batch, s.crop)
+        refine = s.part == "synthesis" or progress >= 1 - s.refine_part
+        return Phase(batch, crop, refine or (s.part == "all" and progress < s.frozen_part), refine)
+
     def learning_rate(self) -> float:
         """Linear warm-up, then cosine to zero."""
-        warm = min(1.0, (self.step - self.first_step + 1) / self.settings.warm_up_steps)
+        warm = min(1.0, (self.step + 1) / self.settings.warm_up_steps)
         return self.settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress())))
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
@@ -287,8 +325,7 @@ class Trainer:
         if self.settings.tune == "psnr":
             distortion = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
         else:
-            pairs = zip((out.x_hat + 0.5) * 255, (x + 0.5) * 255, strict=True)
-            distortion = MS_SSIM_WORTH * (1 - torch.stack([ms_ssim(*pair) for pair in pairs]))
+            distortion = MS_SSIM_WORTH * (1 - ms_ssim((out.x_hat + 0.5) * 255, (x + 0.5) * 255))
         return _weighted(out.y_bits, out.z_bits, distortion, code, x.shape[1] * x.shape[2])
 
     def rate_loss(self, y_hat: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,10 +338,7 @@ class Trainer:
     def train_step(self, source: Pictures | StoredLatents, loss_of: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
         """One optimiser step; returns the metrics of :meth:`loss`."""
         s = self.settings
-        late = self.progress() > 0.75
-        batch, crop = (s.late_batch, s.late_crop) if late else (s.batch, s.crop)
-        refine = s.part == "synthesis" or self.progress() >= 1 - s.refine_part
-        frozen = refine or (s.part == "all" and self.progress() < s.frozen_part)
+        batch, crop, frozen, refine = self.phase()
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             # The decoder shares these with the analysis: without rate in their gradient they would run away.
             held = frozen and group["name"] in ("shortcut", "log_gain")
@@ -317,7 +351,7 @@ class Trainer:
             x, code = sample(source, batch, crop, self.generator)
             if s.part == "context":
                 with self.autocast():
-                    inputs = (*self.model.latents(x, code), code)
+                    inputs = (*self.latents(x, code), code)
             else:
                 inputs = (x, code, frozen, refine)
         loss, metrics = loss_of(*inputs)
@@ -330,7 +364,7 @@ class Trainer:
             optimizer.step()
         self.step += 1
         self.pixels += self.processes * batch * crop * crop
-        decay = min(s.ema, 1 - 1 / (1 + 0.1 * (self.step - self.first_step + 1)))
+        decay = min(s.ema, 1 - 1 / (1 + 0.1 * (self.step + 1)))
         with torch.no_grad():
             trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
             torch._foreach_lerp_([self.average[k] for k in trained], list(trained.values()), 1 - decay)
