@@ -93,6 +93,9 @@ def main_table(found: Numbers, cost: Numbers) -> list[str]:
         "decodes one. Models with transforms of their own are compared by whole files, below. Training is the last run "
         "of each model, in brackets the part that it trained; all runs are in training.md."
     )
+    apart = [f"`{name}`" for name, entry in models.items() if not entry["shipped"]]
+    if apart:
+        text += f" {', '.join(apart)}: no weights come with lic, training.md says how to make them."
     return ["## All models", table(head, rows), text, *_main_reading(percent, found["reference"], models)]
 
 

@@ -168,7 +168,9 @@ def test_costs(models: Path, page: Path, kept: dict[str, Any]) -> None:
         assert 0 < entry["parameters"] < info.parameters
         assert entry["times"]["encode"] > 0 and entry["times"]["decode"] > 0
         assert os.name == "nt" or entry["memory_mb"] > 50
-    row = re.search(r"^\| `moved` \|.*", page.read_text(encoding="utf-8"), re.M)
+    text = page.read_text(encoding="utf-8")
+    assert "`tiny-nlaic`: no weights come with lic" in text
+    row = re.search(r"^\| `moved` \|.*", text, re.M)
     assert row is not None and row[0].endswith("| 1,234 steps, 56 Mpixel (gains) |")
 
 

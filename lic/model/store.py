@@ -77,11 +77,15 @@ class LoadedModel:
     device: str
 
 
-def folders() -> list[Path]:
-    """Where weights are looked for: $LIC_MODELS, the installed package, the checkout."""
+def own_folders() -> list[Path]:
+    """Where the weights are that come with lic: the installed package, the checkout."""
     package = Path(__file__).resolve().parent.parent
-    own = [package / "weights", package.parent / "weights"]
-    return [Path(p) for p in os.environ.get("LIC_MODELS", "").split(os.pathsep) if p] + own
+    return [package / "weights", package.parent / "weights"]
+
+
+def folders() -> list[Path]:
+    """Where weights are looked for: $LIC_MODELS, then those that come with lic."""
+    return [Path(p) for p in os.environ.get("LIC_MODELS", "").split(os.pathsep) if p] + own_folders()
 
 
 def available() -> list[ModelInfo]:
