@@ -414,7 +414,7 @@ class Weights:
     def grid(self, name: str) -> tuple[int, int]:
         """The bits and the limit."""
         last = name.split(".")[-1]
-        limits = {"q_grid": 511, "k_grid": 511, "v_grid": 511, "answer": 32767}
+        limits = {"q_grid": 511, "k_grid": 511, "v_grid": 511, "answer": 32767, "gate": 512}
         return self.grids[name], 32767 if last.startswith("wide") else limits.get(last, 1023)
 
     def put(self, grid: str, x: Ints, shift: Ints | int) -> Activation:
@@ -468,6 +468,21 @@ class Weights:
         t = self.depthwise(f"{name}.spatial", t, f"{name}.mixed")
         return self.feed(f"{name}.feed", self.sum(wide, x, self.linear(f"{name}.outer", t, wide)), wide)
 
+    def non_local(self, name: str, x: Activation, wide: str) -> Activation:
+        t = self.linear(f"{name}.inner", self.to(f"{name}.narrow", x), f"{name}.hidden", leaky=True)
+        t = self.linear(f"{name}.outer", self.depthwise(f"{name}.spatial", t, f"{name}.mixed"), f"{name}.branch")
+        n = self.to(f"{name}.attention.narrow", x)
+        parts = [self.linear(f"{name}.attention.{part}", n, f"{name}.attention.{part}_grid") for part in "qkv"]
+        seen = parts[2]._replace(a=np.empty_like(parts[2].a))
+        heads, channels = self.config["non_local_heads"], seen.a.shape[2]
+        for block in windows(*x.a.shape[:2], side=16, shifted=False):
+            cut = [p._replace(a=p.a[block].reshape(-1, heads, channels // heads).swapaxes(0, 1)) for p in parts]
+            attended = attend(*cut, bias=np.zeros((), np.int64))
+            seen.a[block] = attended.a.swapaxes(0, 1).reshape(seen.a[block].shape)
+        s = self.sum(wide, x, self.linear(f"{name}.attention.out", seen, wide))
+        m = self.linear(f"{name}.mask", self.to(f"{name}.joined", s), f"{name}.gate")
+        return self.sum(wide, x, self.put(wide, t.a * (m.a + 512), -t.bits - m.bits))
+
 
 # What all systems share (5.3 to 5.6)
 
@@ -486,6 +501,8 @@ def hyper_synthesis(z: Ints, w: Weights, code: int) -> Activation:
     """ψ of ẑ (5.4)."""
     x = w.linear("h_s.first", Activation(z, 0, 63), "h_s.wide64")
     x = w.sum("h_s.wide64", x, w.quality("h_s.quality", code, "h_s.wide64"))
+    if w.config.get("non_local_heads"):
+        x = w.non_local("h_s.non_local", x, "h_s.wide64")
     x = w.to("h_s.narrow64", w.block("h_s.block64", x, "h_s.wide64"))
     x = depth_to_space(w.linear("h_s.up32", x, "h_s.wide32"), 2)
     x = w.to("h_s.narrow32", w.block("h_s.block32", x, "h_s.wide32"))

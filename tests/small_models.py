@@ -48,18 +48,26 @@ def latents(config: Config, batch: int, shape: tuple[int, int], seed: int) -> tu
     return torch.from_numpy(z).float(), torch.from_numpy(y).float()
 
 
-def write_small_model(path: Path, system: str, options: Mapping[str, Any], seed: int) -> LoadedModel:
-    """Write weights with a random context model, calibrated and frozen, into a folder that holds the tiny model's."""
+def write_small_model(
+    path: Path, system: str, options: Mapping[str, Any], seed: int, non_local_heads: int = 0
+) -> LoadedModel:
+    """Write weights with a random context model, calibrated and frozen, into a folder that holds the tiny model's.
+
+    With ``non_local_heads`` they have random non-local attention modules besides.
+    """
     torch.manual_seed(seed)
     parent = read_info(path.with_name(TINY.name))
     tiny = load_file(parent).net
-    net = CodecModel(replace(CONFIGS["tiny"], name=path.stem, system=system, context=options)).eval()
+    config = replace(CONFIGS["tiny"], name=path.stem, system=system, context=options, non_local_heads=non_local_heads)
+    net = CodecModel(config).eval()
     net.requires_grad_(False)
     shared = {name: value for name, value in tiny.state_dict().items() if not name.startswith("context.")}
     net.load_state_dict(shared, strict=False)
+    tiny.h_s.non_local = net.h_s.non_local
     net.h_s = tiny.h_s
-    for parameter in net.context.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
+    for name, parameter in net.named_parameters():
+        if name.startswith("context.") or ".non_local." in name:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
     with net.calibration():
         net.predict(*latents(net.config, 3, (12, 20), seed), torch.tensor([0, 20_000, MAX_CODE]))
     net.freeze()

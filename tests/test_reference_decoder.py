@@ -170,6 +170,14 @@ def test_same_symbols_with_other_options(tmp_path: Path, system: str, options: d
     assert_same(model, *file_of(model, width=150, height=60, code=35_000, tile=128, seed=5, wild=97))
 
 
+def test_same_symbols_with_non_local_attention(tmp_path: Path) -> None:
+    """In a whole block of hyper-latents and a part of the next one."""
+    (tmp_path / TINY.name).write_bytes(TINY.read_bytes())
+    options = {"slices": [48], "filters": 4, "features": 8, "widths": [12, 8]}
+    model = write_small_model(tmp_path / "other.safetensors", "nlaic", options, seed=3, non_local_heads=2)
+    assert_same(model, *file_of(model, width=1100, height=60, code=35_000, tile=0, seed=6, wild=97))
+
+
 @pytest.mark.parametrize("name", ["tiny", *MODELS])
 def test_wrong_number_of_streams_is_refused(name: str) -> None:
     model = model_of(name)
