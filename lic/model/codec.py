@@ -22,6 +22,7 @@ from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
+ROUNDING_WEIGHT = 0.85  # see CodecModel.rounding_weight
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
 
@@ -185,6 +186,14 @@ class CodecModel(nn.Module):
         """
         return lambda_of(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
 
+    def rounding_weight(self, code: Tensor) -> Tensor:
+        """The same for :func:`round_for_rate`, (B, M): of the plain gain, and a little less.
+
+        A choice for fewer bits also makes later symbols cheaper, which the rounding does not see. igain is left out:
+        it undoes what rounding does to the values, which is not what an error costs.
+        """
+        return ROUNDING_WEIGHT * lambda_of(code).unsqueeze(-1) / 3 * (255 / self.gain(code)).square()
+
     def predict(self, z: Tensor, y_hat: Tensor, code: Tensor) -> Prediction:
         """What rounded latents y_hat (B, h, w, M) are coded with, given integer z: all steps at once."""
         with torch.autocast(z.device.type, enabled=torch.is_autocast_enabled(z.device.type) and not self.exact):
@@ -207,7 +216,7 @@ class CodecModel(nn.Module):
     def rounded(self, y: Tensor, z: Tensor, code: Tensor) -> Tensor:
         """y rounded for rate, with the context of plainly rounded latents."""
         p = self.predict(torch.round(z), torch.round(y), code)
-        return round_for_rate(y, p.mean, p.scale, self.distortion_weight(code)[:, None, None])
+        return round_for_rate(y, p.mean, p.scale, self.rounding_weight(code)[:, None, None])
 
     def forward(
         self,

@@ -154,7 +154,7 @@ def code_tiles(
         bits = torch.zeros(shape[0], device=device)
         if known is not None:
             bits += net.prior.bits(z, code).sum(dim=(1, 2, 3))
-        weight = net.distortion_weight(code)[:, None, None].expand_as(y)
+        weight = net.rounding_weight(code)[:, None, None].expand_as(y)
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
         last_steps = {schedule.stream_of(step): step for step in range(schedule.steps(geometry))}
         for step in range(schedule.steps(geometry)):
