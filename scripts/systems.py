@@ -148,7 +148,7 @@ def costs(job: Job) -> dict[str, Any]:
         pictures = [picture.load() for picture in job.pictures[: job.coded_with(model.net)]]
         found[info.name] = {
             **systems.cost(model, *size),
-            "shipped": info.path.parent in store.own_folders(),
+            "shipped": any((folder / info.path.name).exists() for folder in store.own_folders()),
             "times": asdict(systems.times(info.name, pictures, job.code, job.threads)),
             "memory_mb": systems.memory_mb(info.name, job.pictures[0].path, job.code, job.threads),
         }
