@@ -183,10 +183,10 @@ class Codec:
         uint8 or uint16 of shape (H, W) for gray or (H, W, 1..4) for gray, gray and alpha, RGB, RGB and alpha.
         ``quality`` is 0..100, 40 by default; ``target`` is a size, rate or PSNR instead, for which several
         encodings are tried. ``tune`` is the measure to be good in, squared error or MS-SSIM: the model MODEL-ms-ssim
-        encodes where there is one, and effort serves that measure. ``effort``, 0..9, is how long to look for a smaller
-        file at the same quality (docs/effort.md), by default 0, or 6 to tune for MS-SSIM without such a model, which
-        needs 1 at least; ``effort_seconds`` bounds that time for each picture. A Pillow picture's colour profile, EXIF
-        and XMP are kept, unless ``strip``. Raises UsageError for other qualities, tunes or efforts and for a quality
+        encodes where there is one, and rounding and effort serve that measure. ``effort``, 0..9, is how long to look
+        for a smaller file at the same quality (docs/effort.md), by default 0, or 6 to tune for MS-SSIM without such a
+        model; ``effort_seconds`` bounds that time for each picture. A Pillow picture's colour profile, EXIF and XMP
+        are kept, unless ``strip``. Raises UsageError for other qualities, tunes or efforts and for a quality
         beside a target, LicError for other pictures, a target out of reach, a model that is not installed or a device
         that is not there.
         """
@@ -212,7 +212,7 @@ class Codec:
             from lic import pipeline
 
             colours = [source.colour for source in sources]
-            encoded = pipeline.encode_rgbs(self.load_encoder(tune), colours, [code] * len(sources))
+            encoded = pipeline.encode_rgbs(self.load_encoder(tune), colours, [code] * len(sources), tune=tune)
             return [source.file(one) for source, one in zip(sources, encoded, strict=True)]
 
         return in_batches(image, prepare, encode_together, self._batch_pixels)
@@ -428,12 +428,11 @@ class Codec:
             raise LicError(str(error)) from error
 
     def _effort(self, tune: Tune, effort: int | None) -> int:
-        """What was asked for, or the default. Raises UsageError if it is 0 where effort alone could tune."""
-        if tune == "psnr" or self.load_encoder(tune).info.name != self._name:
-            return effort or 0
-        if effort == 0:
-            raise UsageError(f"there is no {self._name}-{tune}: tuning is what effort does, and it must be 1 at least")
-        return effort or TUNING_EFFORT
+        """What was asked for, or the default."""
+        if effort is not None:
+            return effort
+        has_weights = tune == "psnr" or self.load_encoder(tune).info.name != self._name
+        return 0 if has_weights else TUNING_EFFORT
 
     def _load(self, info: ModelInfo) -> LoadedModel:
         key = (info.entropy_id, info.synthesis_id)

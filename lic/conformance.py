@@ -90,7 +90,7 @@ def measure(
         geometry = replace(file.geometries[i], batch=batch)
         given = file.latents[i]
         z, y = (_stack(t.to(model.device), batch, position) for t in (given.z, given.y))
-        stack = Latents(z, y, rounded=True)
+        stack = Latents(z, y)
         writers = [Writer() for _ in range(batch)]
         coders = [_Recorder(writer) for writer in writers]
         code_tiles(model, geometry, [file.quality] * batch, coders, stack)

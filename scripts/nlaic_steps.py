@@ -98,7 +98,7 @@ def measure(model: store.LoadedModel, z: torch.Tensor, y: torch.Tensor, code: in
     """Integers z (1, h/4, w/4, C) and y (1, h, w, M) in wavefronts. Raises ClickException if they do not come back."""
     net, schedule, geometry = model.net, model.net.context.schedule, Geometry(*y.shape[:3])
     steps = schedule.steps(geometry)
-    known = Latents(z, y, rounded=True)
+    known = Latents(z, y)
     codes = torch.tensor([code])
     psi, unit = net.h_s(z, codes), net.unit(codes)
 

@@ -371,15 +371,17 @@ class Weights:
             for part in "yz"
         )
 
-    def _read(self, path: Path, names: Sequence[str] | None = None) -> Any:
-        """Take over the arrays of a file, all or some of them. Returns its metadata."""
+    def _read(self, path: Path, shared: Sequence[str] | None = None) -> Any:
+        """Take over the arrays of a file: all, or those that are shared and not there yet. Returns its metadata."""
         data = path.read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:end])
         information = json.loads(header.pop("__metadata__")["lic"])
         types = {"I8": "|i1", "U8": "|u1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "F32": "<f4"}
-        for name in header if names is None else names:
-            entry = header[name]
+        for name, entry in header.items():
+            begins = shared is not None and any(part.endswith(".") and name.startswith(part) for part in shared)
+            if name in self.arrays or not (shared is None or name in shared or begins):
+                continue
             self.types[name] = types[entry["dtype"]]
             kind = self.types[name].replace("f", "u")  # floats as their bits: see rounded()
             start, stop = (end + offset for offset in entry["data_offsets"])

@@ -85,7 +85,7 @@ def file_of(
         z, y = latents(model.net.config, 1, (geometry.height, geometry.width), seed + i)
         if wild:
             y.view(-1)[::wild] *= 1000
-        given.append(Latents(z, y, rounded=True))
+        given.append(Latents(z, y))
         checks.add(given[-1])
     streams = conformance.streams_of(model, conformance.File(code, boxes, [], given))
     header = Header(

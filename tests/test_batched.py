@@ -18,6 +18,7 @@ from lic.grouping import batches, in_batches
 from lic.images import psnr
 from lic.model import store
 from lic.pipeline import codec as pipeline_codec
+from lic.quality import Tune
 
 MODELS = sorted(path.stem for path in (DATA / "models").glob("*.safetensors"))
 
@@ -38,9 +39,9 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     encode, decode = pipeline.encode_rgbs, pipeline.decode_rgbs
 
-    def encode_rgbs(model: store.LoadedModel, rgbs: Sequence[np.ndarray], codes: Sequence[int]) -> object:
+    def encode_rgbs(model: store.LoadedModel, rgbs: Sequence[np.ndarray], codes: Sequence[int], tune: Tune) -> object:
         counts.append(len(rgbs))
-        return encode(model, rgbs, codes)
+        return encode(model, rgbs, codes, tune=tune)
 
     def decode_rgbs(model: store.LoadedModel, containers: Sequence[container.Container], bits: Sequence[int]) -> object:
         counts.append(len(containers))

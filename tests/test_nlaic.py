@@ -228,7 +228,7 @@ def test_a_stream_is_that_of_its_steps_in_a_row(model: LoadedModel) -> None:
             return super().code(stream, rows, tables, values, last=last)
 
     writer = Recorder()
-    code_tiles(model, Geometry(1, 8, 12), [20_000], [writer], Latents(z, y, rounded=True))
+    code_tiles(model, Geometry(1, 8, 12), [20_000], [writer], Latents(z, y))
     steps = Counter(model.net.context.schedule.stream_of(step) for step in range(8 + 3 * 11))
     assert [len(seen[stream]) for stream in range(4)] == [1, *(steps[stream] for stream in range(3))]
     for stream in range(1, 4):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -350,7 +353,7 @@ def test_modules_are_trained_and_the_rest_is_shared(
     arguments = {"calibration": [photos], "shared_from": parent, "name": None, "data": "", "rate_range": None}
     export(tmp_path / "state.pt", target, **arguments)
     info, theirs = store.read_info(target), read_arrays(parent)
-    assert set(info.shared) == {name for name in theirs if not name.startswith("context.")}
+    assert set(info.shared) == {re.sub(r"\..*", ".", name) for name in theirs if not name.startswith("context.")}
     assert all(".non_local." in name or name.startswith("context.") for name in read_arrays(target))
     loaded = store.load_file(info).net
     assert loaded.h_s.non_local is not None and loaded.grid_bits()["h_s.psi"] == whole.grid_bits()["h_s.psi"]
@@ -383,15 +386,31 @@ def test_scaling_factors_alone(photos: Path, tmp_path: Path) -> None:
     assert np.array_equal(pipeline.decode_rgb(loaded, encoded.container).rgb, encoded.reconstruction)
 
 
-def test_synthesis_alone(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "changed_parts"),
+    [("synthesis", {"g_s", "log_igain"}), ("transforms", {"g_a", "h_a", "g_s", "log_igain"})],
+)
+def test_transforms_for_an_entropy_model_that_stays(
+    part: str, changed_parts: set[str], photos: Path, tmp_path: Path
+) -> None:
     parent, _ = copy_of_tiny(tmp_path)
-    arguments = [photos, "--state", tmp_path, "--minutes", 1, "--steps", 2, "--part", "synthesis", "--model", "tiny",
+    arguments = [photos, "--state", tmp_path, "--minutes", 1, "--steps", 2, "--part", part, "--model", "tiny",
                  "--batch", 2, "--crop", 64, "--init", parent, "--device", "cpu"]  # fmt: skip
     result = CliRunner().invoke(command, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     target = tmp_path / "fine.safetensors"
-    export(tmp_path / "state.pt", target, calibration=[], shared_from=parent, name="fine", data="", rate_range=None)
-    assert {name.split(".")[0] for name in read_arrays(target)} == {"g_s", "log_igain"}
+    options: dict[str, Any] = {"calibration": [], "name": "fine", "data": "", "rate_range": None}
+    export(tmp_path / "state.pt", target, shared_from=parent, **options)
+    assert {name.split(".")[0] for name in read_arrays(target)} == changed_parts
+
+    # In the place of the parent: whole, with everything else as it was.
+    shutil.copy(parent, tmp_path / "whole.safetensors")
+    export(tmp_path / "state.pt", tmp_path / "whole.safetensors", shared_from=tmp_path / "whole.safetensors", **options)
+    own, theirs, info = read_arrays(tmp_path / "whole.safetensors"), read_arrays(parent), store.read_info(target)
+    assert {k.split(".")[0] for k in theirs if not np.array_equal(own[k], theirs[k])} == changed_parts
+    assert set(own) == set(theirs) and store.read_info(tmp_path / "whole.safetensors").entropy_id == info.entropy_id
+    assert store.read_info(parent).entropy_id == info.entropy_id
+
     loaded = store.load_file(store.read_info(target))
     fine, plain = (pipeline.encode_rgb(model, picture(64, 64), 20_000)
                    for model in (loaded, store.load_file(store.read_info(parent))))  # fmt: skip

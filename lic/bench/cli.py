@@ -12,7 +12,7 @@ import click
 
 from lic.errors import LicError
 from lic.options import device_options
-from lic.quality import code_of, quality_of
+from lic.quality import TUNES, Tune, code_of, quality_of
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -42,6 +42,9 @@ def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -
 )  # fmt: skip
 @click.option("--model", default="base", show_default=True, metavar="NAME")
 @click.option(
+    "--tune", type=click.Choice(TUNES), default=TUNES[0], show_default=True, help="As of lic encode, without effort."
+)
+@click.option(
     "--qualities", default=DEFAULT_QUALITIES, show_default=True, callback=_quality_codes, metavar="Q,Q,...",
     help="Values of -q, 0 to 100.",
 )  # fmt: skip
@@ -57,6 +60,7 @@ def command(
     images: tuple[Path, ...],
     output_dir: Path,
     model: str,
+    tune: Tune,
     qualities: list[int],
     device: str,
     threads: int | None,
@@ -96,7 +100,7 @@ def command(
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LicError(f"{output_dir}: {error.strerror or error}") from error
-    codec = open_codec(model, device, threads)
+    codec = open_codec(model, device, threads, tune)
 
     def on_row(row: Row | Failure, reused: bool) -> None:
         if not quiet:

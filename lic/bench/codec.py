@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lic.bench.metrics import Pixels
+from lic.quality import Tune
 
 
 class Codec(Protocol):
@@ -45,11 +46,12 @@ class LicCodec:
     device: str
     threads: int
     model: Any
+    tune: Tune
 
     def encode(self, rgb: Pixels, quality_code: int) -> Any:
         from lic import pipeline
 
-        return pipeline.encode_rgb(self.model, rgb, quality_code)
+        return pipeline.encode_rgb(self.model, rgb, quality_code, tune=self.tune)
 
     def decode(self, container: Any) -> Any:
         from lic import pipeline
@@ -67,16 +69,17 @@ class LicCodec:
         return parse(data, max_pixels=None)
 
 
-def open_codec(name: str, device: str, threads: int | None) -> LicCodec:
+def open_codec(name: str, device: str, threads: int | None, tune: Tune = "psnr") -> LicCodec:
     """Load a model by name on "auto", "cpu", "cuda" or "cuda:N"; imports torch.
 
-    ``threads`` of torch on the CPU, None for torch's own choice. Raises LicError if there is no such model
-    or device.
+    ``threads`` of torch on the CPU, None for torch's own choice. With a ``tune`` it is NAME-TUNE if there is one, and
+    called so in any case. Raises LicError if there is no such model or device.
     """
     import torch
 
     from lic.api import Codec
 
     codec = Codec(name, device, threads=threads)
-    loaded = codec.load_encoder()
-    return LicCodec(name, loaded.info.sha256, codec.device, torch.get_num_threads(), loaded)
+    loaded = codec.load_encoder(tune)
+    called = name if tune == "psnr" else f"{name}-{tune}"
+    return LicCodec(called, loaded.info.sha256, codec.device, torch.get_num_threads(), loaded, tune)

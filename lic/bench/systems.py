@@ -67,7 +67,7 @@ def integers(net: CodecModel, rgb: Pixels, quality_code: int) -> Latents:
     with exact_arithmetic():
         y = windows.analysis(net, [rgb], geometry, code)
         z = torch.round(net.hyper_analysis(y, code))
-        return Latents(z, net.rounded(y, z, code), rounded=True)
+        return Latents(z, net.rounded(y, z, code))
 
 
 @torch.no_grad()

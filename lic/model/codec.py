@@ -213,10 +213,14 @@ class CodecModel(nn.Module):
         return y_bits, self.prior.bits(z, code).sum(dim=(1, 2, 3)).detach()
 
     @torch.no_grad()
-    def rounded(self, y: Tensor, z: Tensor, code: Tensor) -> Tensor:
-        """y rounded for rate, with the context of plainly rounded latents."""
+    def rounded(self, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None = None) -> Tensor:
+        """y rounded for rate, with the context of plainly rounded latents.
+
+        worth: how many times its usual weight the error of each latent has, (B, h, w, M).
+        """
         p = self.predict(torch.round(z), torch.round(y), code)
-        return round_for_rate(y, p.mean, p.scale, self.rounding_weight(code)[:, None, None])
+        weight = self.rounding_weight(code)[:, None, None]
+        return round_for_rate(y, p.mean, p.scale, weight if worth is None else worth * weight)
 
     def forward(
         self,
@@ -225,6 +229,7 @@ class CodecModel(nn.Module):
         *,
         frozen_latents: bool = False,
         optimised_rounding: bool = False,
+        worth: Tensor | None = None,
         quantiser: str = "ste",
     ) -> Forward:
         """Training pass: context and synthesis get latents from the ``quantiser`` (:func:`quantised`).
@@ -233,8 +238,8 @@ class CodecModel(nn.Module):
         it would learn scales for noise (a symbol that is always 0 then still costs a tenth of a bit). The latents
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
-        With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` besides, the
-        latents are rounded as the encoder does it (:func:`round_for_rate`), with the context of plainly rounded ones.
+        With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are
+        rounded as the encoder does it (:meth:`rounded`, with ``worth``), and the gradient passes straight through.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
@@ -242,7 +247,7 @@ class CodecModel(nn.Module):
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))
         if optimised_rounding:
-            y_hat = self.rounded(y, z, code)
+            y_hat = self.rounded(y, z, code, worth) + _gradient_only(y)
         p = self.predict(round_ste(z), y_hat, code)
         mean, scale = p.mean, p.scale
         y_bits = gaussian_bits(y_hat.detach(), mean, scale)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +59,7 @@ class ModelInfo:
     rate_range: tuple[float, float] | None  # bits per pixel at quality 0 and 100, Kodak average
     provenance: dict[str, Any]
     shared_from: str | None  # weights file in the same folder that holds the other arrays
-    shared: list[str]  # their names
+    shared: list[str]  # their names, or those of whole parts with a dot: "g_a."
 
     @cached_property
     def sha256(self) -> str:
@@ -164,7 +165,9 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
         arrays = read(info.path)
         if info.shared_from is not None:
             others = read(info.path.with_name(Path(info.shared_from).name))
-            arrays |= {name: others[name] for name in info.shared}
+            parts = tuple(name for name in info.shared if name.endswith("."))
+            names = {name for name in others if name.startswith(parts)} | set(info.shared).difference(parts)
+            arrays = {name: others[name] for name in names} | arrays
         tables = {
             kind: Tables.from_arrays({k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"tables.{kind}.")})
             for kind in ("y", "z")
@@ -234,9 +237,10 @@ def identities(config: dict[str, Any], grids: dict[str, int], arrays: dict[str, 
 def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: ModelInfo | None = None) -> None:
     """Write a weights file of a network whose exact path is frozen (:meth:`CodecModel.freeze`).
 
-    ``meta`` holds rate_range and provenance; everything else is made here. With ``shared_from`` the file takes the
-    arrays that are the same from that file, which must lie in the same folder. The exact path of the network is rounded
-    to what the file holds. Raises ValueError, before anything is written, if it is not frozen or a certificate fails.
+    ``meta`` holds rate_range and provenance; everything else is made here. With ``shared_from`` the file leaves out the
+    arrays that are the same in that file, which must lie in the same folder, or is replaced: then it stays whole. The
+    exact path of the network is rounded to what the file holds. Raises ValueError, before anything is written, if it is
+    not frozen or a certificate fails.
     """
     import torch
     from safetensors.numpy import load_file as read
@@ -278,7 +282,9 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     for kind, tables in (("y", y_tables), ("z", z_tables)):
         for key, value in tables.to_arrays().items():
             arrays[f"tables.{kind}.{key}"] = value
+    parent = None if shared_from is None or _is_same(path, shared_from.path) else shared_from.path.name
     shared = {name for name, value in theirs.items() if name in arrays and np.array_equal(arrays[name], value)}
+    own = {k: np.ascontiguousarray(v) for k, v in arrays.items() if parent is None or k not in shared}
     config = net.config.to_json()
     grids = net.grid_bits()
     entropy_id, synthesis_id = identities(json.loads(json.dumps(config)), grids, arrays)
@@ -292,11 +298,21 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
         "kmac": kmac_per_pixel(net),
         "rate_range": meta.get("rate_range"),
         "provenance": meta["provenance"],
-        "shared_from": None if shared_from is None else shared_from.path.name,
-        "shared": sorted(shared),
+        "shared_from": parent,
+        "shared": [] if parent is None else _parts_and_names(shared, theirs, arrays),
     }
-    own = {k: np.ascontiguousarray(v) for k, v in arrays.items() if k not in shared}
     atomic.write(path, save(own, {"lic": json.dumps(header)}))
+
+
+def _parts_and_names(shared: Collection[str], theirs: Collection[str], arrays: Collection[str]) -> list[str]:
+    """``shared`` in short: a part that has all of their arrays stands for them. Its own ones go before those."""
+    parts = {"".join(name.partition(".")[:2]) for name in theirs}  # "g_a." and the like, or a whole name
+    whole = {part for part in parts if all(name in arrays for name in theirs if name.startswith(part))}
+    return sorted({part if (part := "".join(name.partition(".")[:2])) in whole else name for name in shared})
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.exists() and path.samefile(other)
 
 
 def _half(value: np.ndarray) -> np.ndarray:

@@ -89,7 +89,7 @@ def encode_rgb(
     """Encode uint8 or uint16, (H, W, 3) or gray (H, W, 1), at a quality code of :mod:`lic.quality`.
 
     ``effort``, 0..9, is how long to look for integers that cost less (:mod:`lic.pipeline.optimise`); what comes out
-    has never more bits + λ·error than with effort 0. ``tune`` says what error is: with effort 0 it changes nothing.
+    has never more bits + λ·error than with effort 0. ``tune`` says what error is.
     ``seconds`` bounds the time of the whole: no pass begins that would probably end later.
     """
     began = time.monotonic()
@@ -105,7 +105,8 @@ def encode_rgb(
             progress(done, units)
 
     y = windows.analysis(model.net, [rgb], grid, code)
-    (encoded,), known = _coded(model, [rgb], [quality_code], tile, boxes, y, None, report)
+    weight = windows.rounding_weight(model.net, [rgb], grid, code, DISTORTIONS[tune])
+    (encoded,), known = _coded(model, [rgb], [quality_code], tile, boxes, y, None, weight, report)
     if passes == 0:
         return encoded
     coded_once = time.monotonic() - began
@@ -127,7 +128,7 @@ def encode_rgb(
             progress=lambda done: report(len(boxes) * (1 + done)),
         )
     (better,), _ = _coded(
-        model, [rgb], [quality_code], tile, boxes, *found, lambda done: report(units - len(boxes) + done)
+        model, [rgb], [quality_code], tile, boxes, *found, None, lambda done: report(units - len(boxes) + done)
     )
     best = min(encoded, better, key=lambda e: _cost(model, e, rgb, tune))
     header = replace(best.container.header, effort=effort)
@@ -135,15 +136,19 @@ def encode_rgb(
 
 
 @torch.no_grad()
-def encode_rgbs(model: LoadedModel, rgbs: Sequence[np.ndarray], quality_codes: Sequence[int]) -> list[Encoded]:
+def encode_rgbs(
+    model: LoadedModel, rgbs: Sequence[np.ndarray], quality_codes: Sequence[int], *, tune: Tune = "psnr"
+) -> list[Encoded]:
     """Encode pictures of one padded grid together, each as :func:`encode_rgb` does, at its own quality code.
 
     Each is uint8 or uint16, (H, W, 3) or gray (H, W, 1). Its latents may differ from those that it has alone in the
     last bits, and symbols with them. Raises ValueError if the padded grids differ.
     """
     grid = _one_grid([(rgb.shape[1], rgb.shape[0]) for rgb in rgbs])
-    y = windows.analysis(model.net, rgbs, grid, _code_tensor(model, quality_codes))
-    return _coded(model, rgbs, quality_codes, *_tiles_of(grid), y, None, lambda done: None)[0]
+    code = _code_tensor(model, quality_codes)
+    y = windows.analysis(model.net, rgbs, grid, code)
+    weight = windows.rounding_weight(model.net, rgbs, grid, code, DISTORTIONS[tune])
+    return _coded(model, rgbs, quality_codes, *_tiles_of(grid), y, None, weight, lambda done: None)[0]
 
 
 def _one_grid(sizes: Sequence[tuple[int, int]]) -> Geometry:
@@ -180,11 +185,13 @@ def _coded(
     boxes: Sequence[Box],
     y: Tensor,
     z: Tensor | None,
+    weight: Tensor | None,
     report: Callable[[int], None],
 ) -> tuple[list[Encoded], tuple[Tensor, Tensor]]:
-    """Code latents y (B, h, w, M) of pictures of one padded grid: integers with the integers z, or not rounded.
+    """Code latents y (B, h, w, M) of pictures of one padded grid: integers with the integers z, or with a weight.
 
-    Also returns the integers y and z that were coded. ``report`` is told how many tiles are done.
+    ``weight`` is that of :class:`Latents`. Also returns the integers y and z that were coded. ``report`` is told how
+    many tiles are done.
     """
     net, batch = model.net, len(rgbs)
     code = _code_tensor(model, quality_codes)
@@ -198,7 +205,7 @@ def _coded(
         at, at_z = (slice(None), rows, columns), (slice(None), quarter(rows), quarter(columns))
         known_z = torch.round(net.hyper_analysis(y[at], code)) if z is None else z[at_z]
         writers = [Writer() for _ in rgbs]
-        known = Latents(known_z, y[at], rounded=z is not None)
+        known = Latents(known_z, y[at], None if weight is None else weight[at])
         coded = code_tiles(model, replace(geometry, batch=batch), quality_codes, writers, known)
         for b, estimated_bits in enumerate(coded.estimated_bits.tolist()):
             checks[b].add(coded.latents, b)

@@ -16,6 +16,7 @@ from lic.quality import Tune
 # one and for the other, 1220 to 1330.
 MS_SSIM_WORTH = 1280.0
 OF_CHANNELS, OF_NEIGHBOURS = 0.3, 0.5  # least share of their mean, of their maximum: see MsSsim.weight
+OF_ROUNDING, ROUNDING_POWER = 1.4, 0.7  # see MsSsim.rounding
 LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
 
 
@@ -32,10 +33,13 @@ class Distortion(Protocol):
         """Of pixels (H, W, C) against those of the source, both in 0..255: a scalar, summed over the pixels."""
 
     def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
-        """How many times the weight that squared error gives it each latent has, (1, h, w, M) or one for all.
+        """How many times the weight that squared error gives it each latent has, (B, h, w, M) or one for all.
 
-        That is of the second derivative of :meth:`error`, for pixels (16·h, 16·w, 3) of the source in 0..255.
+        That is of the second derivative of :meth:`error`, for pixels (B, 16·h, 16·w, 3) of the sources in 0..255.
         """
+
+    def rounding(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
+        """The same for rounding once, with nothing after it that would mend what rounding does."""
 
 
 class SquaredError:
@@ -48,6 +52,8 @@ class SquaredError:
 
     def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
         return torch.ones(1, 1, 1, 1, device=seen.device)
+
+    rounding = weight
 
 
 class MsSsim:
@@ -66,17 +72,22 @@ class MsSsim:
         them, and what moved far for its own small weight would harm more than it saves.
         """
         planes, total = _planes(seen), torch.zeros((), device=seen.device)
-        for scale, exponent in enumerate(ms_ssim_exponents(min(seen.shape[:2]))):
+        for scale, exponent in enumerate(ms_ssim_exponents(min(seen.shape[1:3]))):
             mean = _blur(_mirrored(planes))
             variance = (_blur(_mirrored(planes.square())) - mean.square()).clamp(min=0)
             worth = exponent * _blur(_mirrored(1 / (2 * variance + MS_SSIM_C2)))
             blocks = worth.repeat_interleave(2**scale, 1).repeat_interleave(2**scale, 2)
-            total = total + shortcut.energy(blocks.movedim(0, -1).unsqueeze(0), 2**scale)
+            blocks = blocks.unflatten(0, (len(seen), -1)).movedim(1, -1)
+            total = total + shortcut.energy(blocks, 2**scale)
             planes = _halved(planes)
         mean = total.mean(-1, keepdim=True)
         around = F.max_pool2d(mean.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
         least = OF_CHANNELS * torch.maximum(mean, OF_NEIGHBOURS * around)
         return MS_SSIM_WORTH * torch.maximum(total, least)
+
+    def rounding(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
+        """A power of :meth:`weight`: found by measurement (docs/effort.md)."""
+        return OF_ROUNDING * self.weight(shortcut, seen) ** ROUNDING_POWER
 
 
 DISTORTIONS: dict[Tune, Distortion] = {"psnr": SquaredError(), "ms-ssim": MsSsim()}
@@ -84,7 +95,7 @@ DISTORTIONS: dict[Tune, Distortion] = {"psnr": SquaredError(), "ms-ssim": MsSsim
 
 def ms_ssim(shown: Tensor, seen: Tensor) -> Tensor:
     """As :func:`lic.bench.metrics.ms_ssim`, with gradients: (...) of pixels (..., H, W, C) in 0..255, in float32."""
-    x, y = (pixels.movedim(-1, -3).flatten(0, -3) for pixels in (shown, seen))
+    x, y = _planes(shown), _planes(seen)
     exponents = ms_ssim_exponents(min(seen.shape[-3:-1]))
     result = torch.ones(len(x), device=x.device)
     for scale, exponent in enumerate(exponents):
@@ -99,7 +110,8 @@ def ms_ssim(shown: Tensor, seen: Tensor) -> Tensor:
 
 
 def _planes(pixels: Tensor) -> Tensor:
-    return pixels.movedim(-1, 0)  # (C, H, W)
+    """(..., H, W, C) -> (N, H, W)."""
+    return pixels.movedim(-1, -3).flatten(0, -3)
 
 
 def _blur(planes: Tensor) -> Tensor:

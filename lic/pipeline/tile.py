@@ -100,11 +100,14 @@ class LeadingReader(Reader):
 
 @dataclass
 class Latents:
-    """z (B, h/4, w/4, C), integers held as float, and y (B, h, w, M): integers too if ``rounded``."""
+    """z (B, h/4, w/4, C), integers held as float, and y (B, h, w, M): integers too, or with a ``weight``.
+
+    weight: bits that a squared error of one quantiser step is worth for each latent, (B, h, w, M).
+    """
 
     z: Tensor
     y: Tensor
-    rounded: bool
+    weight: Tensor | None = None
 
 
 @dataclass
@@ -122,9 +125,9 @@ def code_tiles(
 ) -> CodedTiles:
     """Code a batch of tiles of one geometry, each with its quality code and its coder.
 
-    ``known`` holds the latents for writers and is None for readers. Latents that are not rounded yet are rounded at
-    their step, for the least bits + λ·distortion under the table that they get. Raises CorruptError if a reader's
-    streams do not decode.
+    ``known`` holds the latents for writers and is None for readers. Latents with a weight are rounded at their step,
+    for the least bits + weight·error² under the table that they get. Raises CorruptError if a reader's streams do not
+    decode.
     """
     net, device = model.net, model.device
     config, schedule = net.config, net.context.schedule
@@ -154,7 +157,6 @@ def code_tiles(
         bits = torch.zeros(shape[0], device=device)
         if known is not None:
             bits += net.prior.bits(z, code).sum(dim=(1, 2, 3))
-        weight = net.rounding_weight(code)[:, None, None].expand_as(y)
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
         last_steps = {schedule.stream_of(step): step for step in range(schedule.steps(geometry))}
         for step in range(schedule.steps(geometry)):
@@ -169,8 +171,8 @@ def code_tiles(
             given = None
             if known is not None:
                 y_known = schedule.take(known.y, step)
-                if not known.rounded:
-                    y_known = round_for_rate(y_known, mean, scale, schedule.take(weight, step))
+                if known.weight is not None:
+                    y_known = round_for_rate(y_known, mean, scale, schedule.take(known.weight, step))
                 given = y_known.int() - shift
             stream = schedule.stream_of(step)
             values = code_part(1 + stream, rows, model.y_tables, given, last=step == last_steps[stream])
@@ -180,7 +182,7 @@ def code_tiles(
             schedule.put(y, step, y_step)
             schedule.put(dequantised, step, y_step + expected_offset(y_step, mean, scale))
             state = net.context.observe(state, step, y_step)
-    return CodedTiles(Latents(z, y, rounded=True), dequantised, bits)
+    return CodedTiles(Latents(z, y), dequantised, bits)
 
 
 def _integers(x: Tensor) -> list[np.ndarray]:

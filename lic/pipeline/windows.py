@@ -7,7 +7,7 @@ and end at multiples of their blocks or at the border of the image, so that no b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from lic.model.codec import CodecModel
 from lic.model.config import DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.non_local import BLOCK
+from lic.model.transforms import LappedShortcut
 from lic.pipeline.distortion import Distortion
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
@@ -205,10 +206,29 @@ def _samples(pixels: np.ndarray, top: int, bottom: int, left: int, right: int, d
 
 def weight(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor, distortion: Distortion) -> Tensor:
     """Error, times λ, that a squared error of one quantiser step is about worth: (1, h, w, M), for code (1,)."""
-    times = torch.ones(1, grid.height, grid.width, net.config.latent, device=code.device)
+    return _times(net, [pixels], grid, code, distortion.weight) * net.distortion_weight(code)[:, None, None]
+
+
+def rounding_weight(
+    net: CodecModel, pictures: Sequence[np.ndarray], grid: Geometry, code: Tensor, distortion: Distortion
+) -> Tensor:
+    """The same for rounding once (:meth:`CodecModel.rounding_weight`), of B pictures: (B, h, w, M), for codes (B,)."""
+    return _times(net, pictures, grid, code, distortion.rounding) * net.rounding_weight(code)[:, None, None]
+
+
+def _times(
+    net: CodecModel,
+    pictures: Sequence[np.ndarray],
+    grid: Geometry,
+    code: Tensor,
+    of: Callable[[LappedShortcut, Tensor], Tensor],
+) -> Tensor:
+    """A weight of Distortion over windows: (B, h, w, M)."""
+    times = torch.empty(len(pictures), grid.height, grid.width, net.config.latent, device=code.device)
     for top, bottom, above, below in _windows(net, grid.height):
         for left, right, before, after in _windows(net, grid.width):
-            seen = 255 * (_pixels(pixels, Area(above, before, below, after), code.device) + 0.5)
-            part = distortion.weight(net.shortcut, seen).expand(1, below - above, after - before, net.config.latent)
+            window = Area(above, before, below, after)
+            seen = 255 * (torch.stack([_pixels(picture, window, code.device) for picture in pictures]) + 0.5)
+            part = of(net.shortcut, seen).expand(-1, below - above, after - before, net.config.latent)
             times[:, top:bottom, left:right] = part[:, top - above : bottom - above, left - before : right - before]
-    return times * net.distortion_weight(code)[:, None, None]
+    return times

@@ -13,7 +13,7 @@ import torch
 from lic.model.store import load_file, read_info, write_model
 from lic.train.calibration import calibrate
 from lic.train.data import Pictures
-from lic.train.trainer import averaged_model
+from lic.train.trainer import WITH_ENTROPY_MODEL, averaged_model, is_trained
 
 
 def export(
@@ -30,7 +30,8 @@ def export(
 
     ``calibration`` are pictures that the units of the integers are fitted to; none are needed for a state that was
     trained on integers. With ``shared_from``, the weights file that a part alone was trained on, the new file holds
-    what that part changed and shares the rest with that one. ``data`` says what the state was trained on.
+    what that part changed and shares the rest with that one; if that is the target itself, it gets what the part
+    changed. ``data`` says what the state was trained on.
 
     Raises ValueError if a certificate fails or nothing can be shared, LicError if there are no pictures that fit,
     UnsupportedError for damaged weights.
@@ -49,9 +50,9 @@ def export(
         if part == "nonlocal" or theirs.h_s.non_local is None:
             theirs.h_s.non_local = net.h_s.non_local
         net.h_s = theirs.h_s
-        if part not in ("context", "nonlocal"):
+        if part not in WITH_ENTROPY_MODEL:
             net.context = theirs.context
-        if part not in ("gains", "tables"):
+        if not is_trained(part, "log_gain.table"):
             units = theirs.unit_tables  # which another machine may have rounded otherwise
     if not net.exact and any(layer.exponent is None for layer in net.exact_layers().values()):
         pictures = Pictures(calibration, torch.device("cpu"), seed=0, watch=False)

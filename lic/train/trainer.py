@@ -26,7 +26,7 @@ from lic.model.codec import QUANTISERS, CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
 from lic.model.transforms import lapped_basis
-from lic.pipeline.distortion import MS_SSIM_WORTH, ms_ssim
+from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
 from lic.train.calibration import calibrate
 from lic.train.data import Pictures, sample
@@ -44,19 +44,23 @@ PARTS = {
     "all": "everything",
     "context": "the context model alone, as a density model of latents that stay as they are",
     "nonlocal": "the non-local attention modules and the context model",
+    "transforms": "analysis, hyper-analysis and synthesis for an entropy model that stays as it is",
     "synthesis": "the synthesis transform and its gains, on latents rounded as the encoder does",
     "gains": "the scaling factors of a finished model (log_gain, log_igain)",
     "tables": "these and the transforms' other tables by quality, the scales and offsets of their stages",
+    "vectors": "these and the transforms' biases and depthwise kernels: all of them but their matrices",
 }
+WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
 
 
-def _is_trained(part: str, name: str) -> bool:
+def is_trained(part: str, name: str) -> bool:
     """Whether the parameter of this name belongs to one of PARTS."""
-    if part in ("gains", "tables"):
-        is_stage = part == "tables" and name.startswith(("g_a.", "g_s.")) and ".quality." in name
-        return is_stage or name.startswith(("log_gain.", "log_igain."))
-    if part == "synthesis":
-        return name.startswith(("g_s.", "log_igain."))
+    if part in ("gains", "tables", "vectors"):
+        is_table = ".quality." in name or (part == "vectors" and name.endswith((".bias", ".spatial.weight")))
+        is_transform = part != "gains" and name.startswith(("g_a.", "g_s."))
+        return (is_transform and is_table) or name.startswith(("log_gain.", "log_igain."))
+    if part in ("transforms", "synthesis"):
+        return name.startswith(("g_s.", "log_igain.") + (("g_a.", "h_a.") if part == "transforms" else ()))
     return part == "all" or name.startswith("context.") or (part == "nonlocal" and ".non_local." in name)
 
 
@@ -87,7 +91,10 @@ class Settings:
 
 
 class Phase(NamedTuple):
-    """Of a run: crops in a batch and their side, whether y carries no gradient, whether it is rounded for rate."""
+    """Of a run: crops in a batch and their side, whether y carries no gradient, whether it is rounded for rate.
+
+    Latents of a trained analysis are rounded for rate only if the entropy model, which decides, is finished.
+    """
 
     batch: int
     crop: int
@@ -124,7 +131,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = CodecModel(config).to(device)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(_is_trained(settings.part, name))
+            parameter.requires_grad_(is_trained(settings.part, name))
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.generator = torch.Generator(device)
         self.optimizers = make_optimizers(self.model, settings.optimizer)
@@ -309,7 +316,8 @@ class Trainer:
         s, progress = self.settings, self.progress()
         batch, crop = (s.late_batch, s.late_crop) if progress >= 0.75 else (s.batch, s.crop)
         refine = s.part == "synthesis" or progress >= 1 - s.refine_part
-        return Phase(batch, crop, refine or (s.part == "all" and progress < s.frozen_part), refine)
+        frozen = refine or (s.part == "all" and progress < s.frozen_part)
+        return Phase(batch, crop, frozen, refine or s.part not in WITH_ENTROPY_MODEL)
 
     def learning_rate(self) -> float:
         """Linear warm-up, then cosine to zero."""
@@ -318,14 +326,25 @@ class Trainer:
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, distortion, 1)."""
+        seen = (x + 0.5) * 255
+        worth = None
+        if refine:
+            with torch.no_grad():
+                worth = DISTORTIONS[self.settings.tune].rounding(self.model.shortcut, seen)
         with self.autocast():
             out = self.model(
-                x, code, frozen_latents=frozen, optimised_rounding=refine, quantiser=self.settings.quantiser
+                x,
+                code,
+                frozen_latents=frozen,
+                optimised_rounding=refine,
+                worth=worth,
+                quantiser=self.settings.quantiser,
             )
+        shown = (out.x_hat + 0.5) * 255
         if self.settings.tune == "psnr":
-            distortion = ((out.x_hat - x) * 255).square().mean(dim=(1, 2, 3))
+            distortion = (shown - seen).square().mean(dim=(1, 2, 3))
         else:
-            distortion = MS_SSIM_WORTH * (1 - ms_ssim((out.x_hat + 0.5) * 255, (x + 0.5) * 255))
+            distortion = MS_SSIM_WORTH * (1 - ms_ssim(shown, seen))
         return _weighted(out.y_bits, out.z_bits, distortion, code, x.shape[1] * x.shape[2])
 
     def rate_loss(self, y_hat: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
