@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from lic.train.export import export
 from lic.train.trainer import Settings, Trainer
 
 TINY = DATA / "models" / "tiny.safetensors"
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 NLAIC = {"slices": [2, 7, 3], "filters": 6, "features": 4, "widths": [16, 12]}
 CONFIG = replace(CONFIGS["tiny"], name="mixed", non_local_heads=2)
 SMALL = replace(CONFIGS["tiny"], name="nlaic", latent=12, system="nlaic", context=NLAIC, non_local_heads=2)
@@ -445,3 +447,39 @@ def test_quantisers(photos: Path, quantiser: str) -> None:
     trainer = Trainer(replace(SETTINGS, quantiser=quantiser), CPU)
     trainer.fit_shortcut(source)
     assert np.isfinite(take_steps(trainer, source, 3)).all()
+
+
+def test_other_models_follow_new_transforms(tmp_path: Path) -> None:
+    """One that shares them gets them, one whose own are others moves as far as they; an old file can still be told."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        shutil.copy(TINY, folder)
+    parent = store.read_info(old / TINY.name)
+    record: dict[str, Any] = {"provenance": {"steps": 3}, "rate_range": (0.1, 2.0)}
+    for name, change in (("same", 0.0), ("other", 0.5)):
+        net = store.load_file(parent).net
+        net.config = replace(net.config, name=name)
+        net.g_s.first.bias += change
+        store.write_model(old / f"{name}.safetensors", net, record, parent)
+    net = store.load_file(parent).net
+    net.g_s.first.bias += 0.25
+    net.g_a.stage8.quality.table -= 0.125
+    store.write_model(new / TINY.name, net, record, store.read_info(new / TINY.name))
+    main = runpy.run_path(str(SCRIPTS / "follow_transforms.py"))["main"]
+    result = CliRunner().invoke(main, [str(old), str(new), "--base", "tiny"])
+    assert result.exit_code == 0, result.output
+    whole = store.load_file(parent).net
+    for name, moved in (("same", 0.25), ("other", 0.75)):
+        before, after = (store.read_info(folder / f"{name}.safetensors") for folder in (old, new))
+        assert after.entropy_id == before.entropy_id == parent.entropy_id and after.provenance == {"steps": 3}
+        assert after.synthesis_id != before.synthesis_id
+        theirs = store.load_file(after).net
+        torch.testing.assert_close(theirs.g_s.first.bias, whole.g_s.first.bias + moved, atol=1e-3, rtol=1e-3)
+        assert torch.equal(theirs.g_a.stage8.quality.table, net.g_a.stage8.quality.table)
+
+    net.log_gain.table += 0.1
+    net.unit_tables = None
+    store.write_model(new / TINY.name, net, record)
+    result = CliRunner().invoke(main, [str(old), str(new), "--base", "tiny"])
+    assert isinstance(result.exception, LicError) and "more than its transforms" in str(result.exception)
