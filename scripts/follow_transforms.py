@@ -1,4 +1,4 @@
-"""Carry weights files over to a base whose transforms alone were trained again (lic train --part transforms, synthesis).
+"""Carry weights files over to a base whose transforms alone were trained again (--part transforms or synthesis).
 
 Usage: python scripts/follow_transforms.py OLD_WEIGHTS_FOLDER NEW_WEIGHTS_FOLDER --base base
 
