@@ -45,6 +45,8 @@ def _introduction(kept: dict[str, Numbers], source: str) -> str:
     for (command, date, machine), names in runs.items():
         what = "" if len(runs) == 1 else f" ({', '.join(names)})"
         text += f"Measured{what} with `{command}` on {date}: {machine}. "
+    if len(runs) > 1:
+        text += "Each was measured with the weights of its time. "
     return f"{text}All numbers: [{source}]({source})."
 
 
