@@ -277,10 +277,11 @@ def test_context_model_alone_on_stored_latents(photos: Path, tmp_path: Path, mon
         StoredLatents([tmp_path / "bad.safetensors"], CPU)
 
 
-def test_tables_tuned_for_ms_ssim(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["tables", "vectors"])
+def test_tuned_for_ms_ssim(part: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(DATA / "models" / "tiny.safetensors", tmp_path)
     parent, target = tmp_path / "tiny.safetensors", tmp_path / "tiny-ms-ssim.safetensors"
-    arguments = [photos, "--state", tmp_path, "--minutes", 5, "--steps", 40, "--part", "tables", "--tune", "ms-ssim",
+    arguments = [photos, "--state", tmp_path, "--minutes", 5, "--steps", 40, "--part", part, "--tune", "ms-ssim",
                  "--model", "tiny", "--batch", 2, "--crop", 128, "--late-batch", 2, "--late-crop", 128,
                  "--init", parent, "--learning-rate", "4e-3", "--refine-part", 0, "--device", "cpu"]  # fmt: skip
     result = CliRunner().invoke(command, list(map(str, arguments)))
@@ -288,7 +289,10 @@ def test_tables_tuned_for_ms_ssim(photos: Path, tmp_path: Path, monkeypatch: pyt
     options: dict[str, Any] = {"calibration": [], "shared_from": parent, "data": "", "rate_range": None}
     export(tmp_path / "state.pt", target, name="tiny-ms-ssim", **options)
     with safe_open(target, "np") as file:
-        assert all(".quality." in name or name.startswith(("log_", "units.")) for name in file.keys())  # noqa: SIM118
+        names = set(file.keys())
+    vectors = {name for name in names if name.endswith((".bias", ".spatial.weight"))}
+    assert bool(vectors) == (part == "vectors")
+    assert all(".quality." in name or name.startswith(("log_", "units.")) for name in names - vectors)
     monkeypatch.setenv("LIC_MODELS", str(tmp_path))
     rgb = np.asarray(Image.open(photos / "0.png").crop((0, 0, 200, 190)))
     codec = lic.Codec("tiny")

@@ -122,7 +122,7 @@ def read_info(path: Path) -> ModelInfo:
             rate_range=tuple(rate_range) if rate_range else None,
             provenance=meta["provenance"],
             shared_from=meta.get("shared_from"),
-            shared=meta.get("shared", []),
+            shared=[str(name) for name in meta.get("shared", [])],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise LicError(f"{path}: not a lic weights file") from error
