@@ -409,7 +409,7 @@ def run(folder: Path, monkeypatch):
     """The command on two pictures with a codec of the test's choice."""
 
     def run(codec: FakeCodec, *options: str):
-        monkeypatch.setattr(bench_codec, "open_codec", lambda name, device, threads: codec)
+        monkeypatch.setattr(bench_codec, "open_codec", lambda name, device, threads, tune: codec)
         paths = [str(folder / "in"), str(folder / "more"), "--output-dir", str(folder / "out")]
         return CliRunner().invoke(command, [*paths, "--qualities", "30,60,90", *options])
 
@@ -502,6 +502,8 @@ def test_a_real_model_passes_the_checks(tmp_path: Path, monkeypatch) -> None:
     store.write_model(tmp_path / "tiny.safetensors", net, {"provenance": {}})
     monkeypatch.setenv("LIC_MODELS", str(tmp_path))
     codec = bench_codec.open_codec("tiny", "cpu", None)
+    tuned = bench_codec.open_codec("tiny", "cpu", None, "ms-ssim")  # which has no weights of its own
+    assert (codec.name, tuned.name, tuned.weights_sha256) == ("tiny", "tiny-ms-ssim", codec.weights_sha256)
     pictures = find([save(tmp_path / "in" / "a.png", photo(70, 90))])
     rows, failures = measure(codec, pictures, CODES[:2], tmp_path)
     assert not failures and not any(row.problems for row in rows)
