@@ -372,7 +372,7 @@ def test_modules_are_trained_and_the_rest_is_shared(
 def test_scaling_factors_alone(photos: Path, tmp_path: Path) -> None:
     parent, whole = copy_of_tiny(tmp_path)
     arguments = [photos, "--state", tmp_path, "--minutes", 1, "--steps", 2, "--part", "gains", "--model", "tiny",
-                 "--batch", 2, "--crop", 64, "--quantiser", "universal", "--device", "cpu"]  # fmt: skip
+                 "--batch", 2, "--crop", 64, "--device", "cpu"]  # fmt: skip
     without = CliRunner().invoke(command, list(map(str, arguments)))
     assert "give --init" in str(without.exception)
     result = CliRunner().invoke(command, [*map(str, arguments), "--init", str(parent)])

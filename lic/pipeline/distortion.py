@@ -1,4 +1,4 @@
-"""What encoder-side optimisation takes for error: squared error, or 1 - MS-SSIM."""
+"""What rounding for rate, encoder-side optimisation and training take for error: squared error, or 1 - MS-SSIM."""
 
 from __future__ import annotations
 

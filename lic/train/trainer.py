@@ -122,6 +122,8 @@ class Trainer:
             raise LicError(f"tune must be one of {', '.join(TUNES)}, not {settings.tune!r}")
         if settings.quantiser not in QUANTISERS:
             raise LicError(f"the quantiser must be one of {', '.join(QUANTISERS)}, not {settings.quantiser!r}")
+        if settings.quantiser != QUANTISERS[0] and settings.part not in WITH_ENTROPY_MODEL:
+            raise LicError(f"the part {settings.part} has its latents rounded for rate, not by {settings.quantiser!r}")
         if settings.precision not in PRECISIONS:
             raise LicError(f"the precision must be one of {', '.join(PRECISIONS)}, not {settings.precision!r}")
         if min(settings.batch, settings.late_batch) < 2:
