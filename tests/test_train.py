@@ -30,7 +30,8 @@ from lic.train.cli import command
 from lic.train.data import Pictures, Pool, sample
 from lic.train.export import export
 from lic.train.latents import StoredLatents, store_latents
-from lic.train.trainer import Settings, Trainer, averaged_model
+from lic.train.patterns import draw_patterns
+from lic.train.trainer import MAX_COST, Settings, Trainer, _weighted, averaged_model
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(
@@ -78,15 +79,44 @@ def take_steps(trainer: Trainer, source: Pictures | StoredLatents, count: int) -
 def test_loss_falls(photos: Path) -> None:
     source = pictures(photos)
     source.wait(64)
-    losses = [m[0] for m in take_steps(fresh_trainer(source), source, 40)]
+    losses = [m[0] for m in take_steps(fresh_trainer(source, replace(SETTINGS, pattern_part=0)), source, 40)]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_patterns_are_drawn_over_a_share_of_the_crops(photos: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    plain = pictures(photos)
+    plain.wait(64)
+    crops = torch.cat([pool.crops(200, 64, generator) for pool in plain.pools])
+    drawn = draw_patterns(crops, generator)
+    assert drawn.shape == crops.shape and drawn.dtype == torch.uint8
+    changed = (drawn != crops).any(-1)
+    assert changed.any(2).any(1).float().mean() > 0.9  # a rectangle may be too narrow for a pixel
+    assert 0.3 < (changed.float().mean(dim=(1, 2)) > 0.95).float().mean() < 0.7  # the whole crop, or a rectangle
+    steps = (drawn[:, 1:].int() - drawn[:, :-1].int()).abs().float().mean(dim=(1, 2, 3))
+    assert steps.quantile(0.9) > 3 * (crops[:, 1:].int() - crops[:, :-1].int()).abs().float().mean()
+    torch.manual_seed(2)
+    untouched, _ = sample(plain, 200, 64, generator.manual_seed(3), 0.0)
+    torch.manual_seed(2)
+    some, _ = sample(plain, 200, 64, generator.manual_seed(3), 0.2)
+    assert 20 < (some != untouched).flatten(1).any(1).sum() < 60
+
+
+def test_no_crop_costs_more_than_the_limit() -> None:
+    bits = torch.tensor([1e3, 1e3, 1e9], requires_grad=True)
+    code = torch.full((3,), 25_000.0)
+    loss, _ = _weighted(bits, torch.zeros(3), torch.zeros(3), code, 64 * 64)
+    gradient = torch.autograd.grad(loss, bits)[0] * bits
+    assert loss < 2 * MAX_COST / 10 / 3
+    assert torch.isclose(gradient[2], torch.tensor(MAX_COST / 10 / 3))
+    assert gradient[0] == gradient[1] < gradient[2]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "soap"])
 def test_resumes_exactly(optimizer: str, photos: Path, tmp_path: Path) -> None:
     source = pictures(photos)
     source.wait(64)
-    straight = fresh_trainer(source, replace(SETTINGS, optimizer=optimizer))
+    straight = fresh_trainer(source, replace(SETTINGS, optimizer=optimizer, pattern_part=0.5))
     first = take_steps(straight, source, 3)
     straight.save(tmp_path / "state.pt")
     second = take_steps(straight, source, 3)
@@ -136,7 +166,7 @@ def test_refinement_keeps_the_analysis_and_rounds_for_rate(photos: Path) -> None
     source.wait(64)
     trainer = fresh_trainer(source, Settings(model="tiny", batch=2, crop=64, refine_part=1.0))
     torch.nn.init.normal_(trainer.model.g_a.last.weight, std=0.01)
-    x, code = sample(source, 2, 64, trainer.generator)
+    x, code = sample(source, 2, 64, trainer.generator, 0.0)
     with torch.no_grad():
         before = trainer.model.analysis(x, code)
         plain = trainer.model(x, code, frozen_latents=True).y_bits
@@ -207,7 +237,7 @@ def test_context_model_alone(photos: Path, tmp_path: Path, monkeypatch: pytest.M
     trainer = Trainer(replace(SETTINGS, model="other", part="context"), CPU)
     trainer.start_from(whole.state_dict())
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    x, code = sample(source, 8, 64, trainer.generator)
+    x, code = sample(source, 8, 64, trainer.generator, 0.0)
     latents = trainer.model.latents(x, code)
     with torch.no_grad():
         bits = trainer.model.rate(*latents, code)[0].sum()

@@ -71,10 +71,12 @@ class Residual(nn.Module):
             nn.init.normal_(layer.weight, std=0.1 * layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
+        """x (B, H, W, C). ``limit``: of the gated products, which block after block would square otherwise."""
         x = x + self.outer(self.spatial(leaky(self.inner(x))))
         value, gate = self.expand(x).chunk(2, dim=-1)
-        return x + self.reduce(value * F.silu(gate))
+        gated = value * F.silu(gate)
+        return x + self.reduce(gated if limit is None else gated.clamp(-limit.to(gated), limit.to(gated)))
 
 
 class PlainResidual(nn.Module):

@@ -41,6 +41,7 @@ REVISION = 2  # of what the code computes from the same arrays: raised whenever 
 NETWORKS = ("g_a", "g_s", "h_a")
 HALF_PARTS = (*NETWORKS, *EXACT_PARTS, "shortcut")
 SMALLEST_ROW = 1e-3  # largest value of a row of 8-bit integers; smaller rows lose bits, which do not matter
+LIMIT = "g_s.limit"  # left out where it is infinite
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -189,7 +190,7 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
     from lic.model.codec import CodecModel
 
     net = CodecModel(Config.from_json(info.config))
-    state = {}
+    state = {LIMIT: torch.full((1,), torch.inf)}
     for name, value in arrays.items():
         if name.partition(".")[0] in ("tables", "units") or name.endswith((SCALE, EXPONENT)):
             continue
@@ -256,6 +257,8 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     arrays: dict[str, np.ndarray] = {}
     for name, tensor in net.state_dict().items():
         value = tensor.detach().float().cpu().numpy()
+        if name == LIMIT and not np.isfinite(value):
+            continue
         part, layer = name.partition(".")[0], layers.get(name.removesuffix(".weight"))
         if layer is not None and layer.exponent is not None and name.endswith(".weight"):
             exponent = layer.exponent.cpu().numpy()

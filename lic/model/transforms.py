@@ -19,6 +19,7 @@ from lic.model.layers import WIDE, Residual, depth_to_space, space_to_depth
 from lic.model.non_local import NonLocal
 
 OVERLAP = DOWNSAMPLING // 2  # pixels by which a block reaches over each of its sides
+GATED = 8.0  # limit of the products in the synthesis; photographs reach 4.4
 
 
 class LappedShortcut(nn.Module):
@@ -113,11 +114,14 @@ class Stage(nn.Module):
     def __init__(self, width: int, depth: int, knots: int) -> None:
         super().__init__()
         self.quality = QualityTable(knots, 2 * width)
-        self.blocks = nn.Sequential(*(Residual(width) for _ in range(depth)))
+        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
 
-    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+    def forward(self, x: Tensor, code: Tensor, limit: Tensor | None = None) -> Tensor:
         scale, offset = self.quality(code)[:, None, None, :].to(x.dtype).chunk(2, dim=-1)
-        return self.blocks(x * (1 + scale) + offset)
+        x = x * (1 + scale) + offset
+        for block in self.blocks:
+            x = block(x, limit)
+        return x
 
 
 class Analysis(nn.Module):
@@ -160,16 +164,18 @@ class Synthesis(nn.Module):
         stages = zip(config.widths, config.depths, strict=True)
         self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
         self.last = _zero(nn.Linear(w4, 48))
+        self.limit: Tensor  # of gated products, infinite in weights from before there was one
+        self.register_buffer("limit", torch.tensor([GATED]))
 
     def forward(self, y: Tensor, linear: Tensor, code: Tensor) -> Tensor:
         x = self.first(y)
         if self.non_local is not None:
             x = self.non_local(Fixed(x), self.floating).x
-        x = self.stage16(x, code)
+        x = self.stage16(x, code, self.limit)
         x = depth_to_space(self.up8(x), 2) + self.linear8(space_to_depth(linear, 8))
-        x = self.stage8(x, code)
+        x = self.stage8(x, code, self.limit)
         x = depth_to_space(self.up4(x), 2) + self.linear4(space_to_depth(linear, 4))
-        x = self.stage4(x, code)
+        x = self.stage4(x, code, self.limit)
         return depth_to_space(self.last(x), 4)
 
 

@@ -62,6 +62,13 @@ from lic.quality import TUNES
 @click.option("--crop", type=int, default=192, show_default=True)
 @click.option("--late-batch", type=int, default=2, show_default=True)
 @click.option("--late-crop", type=int, default=256, show_default=True)
+@click.option(
+    "--pattern-part",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Share of the crops with a pattern drawn over them.",
+)
 @click.option("--seed", type=int, default=1, show_default=True)
 @device_options
 @verbosity_options

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from lic.errors import LicError
 from lic.quality import MAX_CODE
+from lic.train.patterns import draw_patterns
 
 log = logging.getLogger(__name__)
 
+PATTERN_PART = 0.05  # share of crops with a pattern, if nothing else is said
 SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -176,10 +178,19 @@ class Pictures:
             self._ready.append(([plain for plain, _ in pairs], [scaled for _, scaled in pairs]))
 
 
-def sample(pictures: Pictures, batch: int, crop: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A batch (B, crop, crop, 3) in [-0.5, 0.5], half of it from scaled-down pictures, and its quality codes (B,)."""
+def sample(
+    pictures: Pictures, batch: int, crop: int, generator: torch.Generator, pattern_part: float
+) -> tuple[Tensor, Tensor]:
+    """A batch (B, crop, crop, 3) in [-0.5, 0.5], half of it from scaled-down pictures, and its quality codes (B,).
+
+    The share ``pattern_part`` of it has patterns drawn over (:func:`draw_patterns`).
+    """
     half = batch // 2
     crops = [pool.crops(n, crop, generator) for pool, n in zip(pictures.pools, (half, batch - half), strict=True)]
+    x = torch.cat(crops)
+    chosen = (torch.rand(batch) < pattern_part).nonzero()[:, 0]  # not on the device, which need not be waited for so
+    if len(chosen) > 0:
+        x[chosen] = draw_patterns(x[chosen], generator)
     u = torch.rand(batch, generator=generator, device=generator.device)
     u[:half] *= 0.75  # lightly compressed originals would teach the highest qualities to drop detail
-    return torch.cat(crops).float() / 255 - 0.5, torch.round(u * MAX_CODE)
+    return x.float() / 255 - 0.5, torch.round(u * MAX_CODE)

@@ -1,7 +1,7 @@
 """The training loop: time-limited slices, resumable, one loss for all qualities.
 
 L = bits per pixel + λ·MSE(255²) per crop, weighted by λ^-0.4 so that every quality counts alike: the optimal cost
-itself grows about as λ^0.4.
+itself grows about as λ^0.4. A crop that costs more than MAX_COST is scaled down to that, gradient and all.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from lic.errors import LicError
 from lic.model.codec import QUANTISERS, CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
+from lic.model.store import LIMIT
 from lic.model.transforms import lapped_basis
 from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
 from lic.train.calibration import calibrate
-from lic.train.data import Pictures, sample
+from lic.train.data import PATTERN_PART, Pictures, sample
 from lic.train.latents import StoredLatents
 from lic.train.optimizers import make_optimizers
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 LOSS_EXPONENT = 0.4
+MAX_COST = 20.0  # what one crop adds to a batch's loss: 99 of 100 crops of photographs cost less, patterns up to 20,000
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
@@ -85,6 +87,7 @@ class Settings:
     crop: int = 192
     late_batch: int = 2  # batch and crop of the last quarter
     late_crop: int = 256
+    pattern_part: float = PATTERN_PART  # share of the crops that have a pattern drawn over them
     ema: float = 0.998
     clip: float = 1.0
     seed: int = 1
@@ -210,7 +213,7 @@ class Trainer:
         """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew.
 
         With the part context or nonlocal a context model begins anew if the weights are those of another one, and
-        non-local modules do if the weights have none.
+        non-local modules do if the weights have none. A synthesis that is trained has its products limited.
         """
         own = self.model.state_dict()
         if self.settings.part in ("context", "nonlocal"):
@@ -220,6 +223,8 @@ class Trainer:
                 weights = {k: v for k, v in weights.items() if not k.startswith("context.")}
                 fresh |= {k: v for k, v in own.items() if k.startswith("context.")}
             weights = fresh | weights
+        if is_trained(self.settings.part, "g_s.first.weight"):
+            weights = weights | {LIMIT: own[LIMIT]}
         self.model.load_state_dict(weights)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
@@ -369,7 +374,7 @@ class Trainer:
             crop = source.side
             inputs = source.batch(batch, self.generator)
         else:
-            x, code = sample(source, batch, crop, self.generator)
+            x, code = sample(source, batch, crop, self.generator, s.pattern_part)
             if s.part == "context":
                 with self.autocast():
                     inputs = (*self.latents(x, code), code)
@@ -418,7 +423,8 @@ class Trainer:
 def _weighted(y_bits: Tensor, z_bits: Tensor, distortion: Tensor, code: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     bpp = (y_bits + z_bits) / pixels
     weight = lambda_of(code)
-    loss = ((bpp + weight * distortion) * weight**-LOSS_EXPONENT).mean() / 10
+    cost = (bpp + weight * distortion) * weight**-LOSS_EXPONENT
+    loss = (cost * (MAX_COST / cost.detach()).clamp(max=1)).mean() / 10
     metrics = torch.stack([loss, bpp.mean(), z_bits.mean() / pixels, distortion.mean(), loss.new_ones(())])
     return loss, metrics.detach()
 
