@@ -33,6 +33,7 @@ def follow(net: CodecModel, old: CodecModel, new: CodecModel) -> None:
     for name in (k for k in before if k.startswith(TRANSFORMS)):
         same = torch.equal(own[name], before[name])
         own[name].copy_(after[name] if same else own[name] + (after[name] - before[name]))
+    net.g_s.limit = new.g_s.limit
 
 
 @click.command()

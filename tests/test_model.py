@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from lic.model.codec import MIN_SCALE, CodecModel, expected_offset, gaussian_bit
 from lic.model.complexity import kmac_per_pixel
 from lic.model.config import CONFIGS, Config
 from lic.model.context import Prediction
-from lic.model.layers import depth_to_space, space_to_depth
+from lic.model.layers import CACHED, Residual, depth_to_space, space_to_depth
 from lic.model.transforms import LappedShortcut, lapped_basis
 from lic.quality import MAX_CODE, code_of, step_of
 
@@ -34,6 +36,33 @@ def test_full_shortcut_reconstructs_perfectly_up_to_the_border(size: tuple[int, 
 def test_space_to_depth_is_inverted() -> None:
     x = torch.randn(2, 8, 12, 3)
     assert torch.equal(depth_to_space(space_to_depth(x, 4), 4), x)
+
+
+@pytest.mark.parametrize("limit", [math.inf, 0.5])
+def test_a_block_is_the_same_in_pieces(limit: float) -> None:
+    """As it computes in inference, a cache full at a time, and in training."""
+    block = Residual(16)
+    x = 3 * torch.randn(2, 40, 24, 16)
+    whole = block(x, limit)
+    given = x.clone()
+    with torch.no_grad():
+        assert x[..., 0].numel() > CACHED
+        torch.testing.assert_close(block(x, limit), whole)
+        torch.testing.assert_close(block(x.transpose(1, 2), limit), block(x.transpose(1, 2).contiguous(), limit))
+    assert torch.equal(x, given)
+
+
+def test_no_latents_make_the_synthesis_grow_without_bound() -> None:
+    torch.manual_seed(0)
+    net = CodecModel(CONFIGS["tiny"])
+    for name, parameter in net.g_s.named_parameters():
+        if name.endswith((".reduce.weight", ".outer.weight", "last.weight")):
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    y, code = 1e4 * torch.randn(1, 4, 4, net.config.latent), torch.tensor([0.0])
+    with torch.no_grad():
+        limited = net.g_s(y, torch.zeros(1, 64, 64, 3), code).abs().max()
+        net.g_s.limit = math.inf
+        assert limited < 1e5 * y.abs().max() < net.g_s(y, torch.zeros(1, 64, 64, 3), code).abs().max()
 
 
 def test_base_fits_its_decoder_budget() -> None:

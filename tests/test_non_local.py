@@ -30,6 +30,7 @@ from lic.model.config import CONFIGS, Config
 from lic.model.context import Geometry
 from lic.model.layers import WIDE
 from lic.model.non_local import BLOCK, NonLocal
+from lic.model.transforms import GATED
 from lic.pipeline import windows
 from lic.train.cli import command
 from lic.train.export import export
@@ -410,10 +411,11 @@ def test_transforms_for_an_entropy_model_that_stays(
     export(tmp_path / "state.pt", tmp_path / "whole.safetensors", shared_from=tmp_path / "whole.safetensors", **options)
     own, theirs, info = read_arrays(tmp_path / "whole.safetensors"), read_arrays(parent), store.read_info(target)
     assert {k.split(".")[0] for k in theirs if not np.array_equal(own[k], theirs[k])} == changed_parts
-    assert set(own) == set(theirs) and store.read_info(tmp_path / "whole.safetensors").entropy_id == info.entropy_id
+    assert set(own) == {*theirs, store.LIMIT} and store.read_info(tmp_path / "whole.safetensors").entropy_id == info.entropy_id
     assert store.read_info(parent).entropy_id == info.entropy_id
 
     loaded = store.load_file(store.read_info(target))
+    assert loaded.net.g_s.limit == GATED
     fine, plain = (pipeline.encode_rgb(model, picture(64, 64), 20_000)
                    for model in (loaded, store.load_file(store.read_info(parent))))  # fmt: skip
     assert np.array_equal(pipeline.decode_rgb(loaded, fine.container).rgb, fine.reconstruction)
@@ -465,6 +467,7 @@ def test_other_models_follow_new_transforms(tmp_path: Path) -> None:
     net = store.load_file(parent).net
     net.g_s.first.bias += 0.25
     net.g_a.stage8.quality.table -= 0.125
+    net.g_s.limit = 5.0
     store.write_model(new / TINY.name, net, record, store.read_info(new / TINY.name))
     main = runpy.run_path(str(SCRIPTS / "follow_transforms.py"))["main"]
     result = CliRunner().invoke(main, [str(old), str(new), "--base", "tiny"])
@@ -477,6 +480,7 @@ def test_other_models_follow_new_transforms(tmp_path: Path) -> None:
         theirs = store.load_file(after).net
         torch.testing.assert_close(theirs.g_s.first.bias, whole.g_s.first.bias + moved, atol=1e-3, rtol=1e-3)
         assert torch.equal(theirs.g_a.stage8.quality.table, net.g_a.stage8.quality.table)
+        assert theirs.g_s.limit == 5.0
 
     net.log_gain.table += 0.1
     net.unit_tables = None

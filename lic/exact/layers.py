@@ -51,6 +51,7 @@ class Linear(nn.Linear):
 
         Raises ValueError if frozen weights break the certificate.
         """
+        v = v._replace(x=v.x.contiguous())  # for strided rows F.linear makes a copy of the weights for each of them
         if not grid.exact:
             y = F.linear(v.x, self.weight, self.bias)
             return grid(Fixed(F.leaky_relu(y, SLOPE) if leaky else y))

@@ -5,6 +5,8 @@ The entropy path (h_s and the context model) uses only the layers of `lic.exact`
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from lic.exact import Fixed, Grid, Linear
 
 NARROW = 1023  # limit of what enters a matrix product: 11 bits
 WIDE = 32767  # limit of residual sums: 16 bits
+CACHED = 1024  # positions whose hidden features stay in a processor's cache
 
 
 def space_to_depth(x: Tensor, r: int) -> Tensor:
@@ -71,12 +74,20 @@ class Residual(nn.Module):
             nn.init.normal_(layer.weight, std=0.1 * layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, limit: Tensor | None = None) -> Tensor:
-        """x (B, H, W, C). ``limit``: of the gated products, which block after block would square otherwise."""
+    def forward(self, x: Tensor, limit: float) -> Tensor:
+        """x (B, H, W, C). ``limit``: of gated products, what is out of proportion being squared block after block."""
         x = x + self.outer(self.spatial(leaky(self.inner(x))))
+        if torch.is_grad_enabled() or x.is_cuda:
+            return x + self._feed(x, limit)
+        x = x.contiguous()
+        for rows in x.flatten(0, -2).split(CACHED):
+            rows += self._feed(rows, limit)
+        return x
+
+    def _feed(self, x: Tensor, limit: float) -> Tensor:
         value, gate = self.expand(x).chunk(2, dim=-1)
         gated = value * F.silu(gate)
-        return x + self.reduce(gated if limit is None else gated.clamp(-limit.to(gated), limit.to(gated)))
+        return self.reduce(gated.clamp(-limit, limit) if limit < math.inf else gated)
 
 
 class PlainResidual(nn.Module):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ REVISION = 2  # of what the code computes from the same arrays: raised whenever 
 NETWORKS = ("g_a", "g_s", "h_a")
 HALF_PARTS = (*NETWORKS, *EXACT_PARTS, "shortcut")
 SMALLEST_ROW = 1e-3  # largest value of a row of 8-bit integers; smaller rows lose bits, which do not matter
-LIMIT = "g_s.limit"  # left out where it is infinite
+LIMIT = "g_s.limit"  # Synthesis.limit, left out where it is infinite
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -190,9 +191,10 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
     from lic.model.codec import CodecModel
 
     net = CodecModel(Config.from_json(info.config))
-    state = {LIMIT: torch.full((1,), torch.inf)}
+    net.g_s.limit = float(arrays[LIMIT][0]) if LIMIT in arrays else math.inf
+    state = {}
     for name, value in arrays.items():
-        if name.partition(".")[0] in ("tables", "units") or name.endswith((SCALE, EXPONENT)):
+        if name.partition(".")[0] in ("tables", "units") or name.endswith((SCALE, EXPONENT)) or name == LIMIT:
             continue
         full = value.astype(np.float32)
         if name + SCALE in arrays:
@@ -257,8 +259,6 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     arrays: dict[str, np.ndarray] = {}
     for name, tensor in net.state_dict().items():
         value = tensor.detach().float().cpu().numpy()
-        if name == LIMIT and not np.isfinite(value):
-            continue
         part, layer = name.partition(".")[0], layers.get(name.removesuffix(".weight"))
         if layer is not None and layer.exponent is not None and name.endswith(".weight"):
             exponent = layer.exponent.cpu().numpy()
@@ -277,6 +277,8 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             tensor.copy_(torch.from_numpy(arrays[name].astype(np.float32)))
         else:
             arrays[name] = value
+    if math.isfinite(net.g_s.limit):
+        arrays[LIMIT] = np.array([net.g_s.limit], np.float32)
     with torch.no_grad():
         net.visit()
     for name, table in zip(("log2", "index"), net.unit_tables or net.make_unit_tables(), strict=True):

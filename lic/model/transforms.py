@@ -8,6 +8,8 @@ as an in-loop filter from the start.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from lic.model.layers import WIDE, Residual, depth_to_space, space_to_depth
 from lic.model.non_local import NonLocal
 
 OVERLAP = DOWNSAMPLING // 2  # pixels by which a block reaches over each of its sides
-GATED = 8.0  # limit of the products in the synthesis; photographs reach 4.4
+GATED = 8.0  # limit of gated products in the synthesis; those of photographs reach 4.4
 
 
 class LappedShortcut(nn.Module):
@@ -116,7 +118,7 @@ class Stage(nn.Module):
         self.quality = QualityTable(knots, 2 * width)
         self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
 
-    def forward(self, x: Tensor, code: Tensor, limit: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, code: Tensor, limit: float = math.inf) -> Tensor:
         scale, offset = self.quality(code)[:, None, None, :].to(x.dtype).chunk(2, dim=-1)
         x = x * (1 + scale) + offset
         for block in self.blocks:
@@ -164,8 +166,7 @@ class Synthesis(nn.Module):
         stages = zip(config.widths, config.depths, strict=True)
         self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
         self.last = _zero(nn.Linear(w4, 48))
-        self.limit: Tensor  # of gated products, infinite in weights from before there was one
-        self.register_buffer("limit", torch.tensor([GATED]))
+        self.limit = GATED  # infinite in weights from before there was one
 
     def forward(self, y: Tensor, linear: Tensor, code: Tensor) -> Tensor:
         x = self.first(y)

@@ -25,7 +25,6 @@ from lic.errors import LicError
 from lic.model.codec import QUANTISERS, CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.layers import space_to_depth
-from lic.model.store import LIMIT
 from lic.model.transforms import lapped_basis
 from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
@@ -213,7 +212,7 @@ class Trainer:
         """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew.
 
         With the part context or nonlocal a context model begins anew if the weights are those of another one, and
-        non-local modules do if the weights have none. A synthesis that is trained has its products limited.
+        non-local modules do if the weights have none.
         """
         own = self.model.state_dict()
         if self.settings.part in ("context", "nonlocal"):
@@ -223,8 +222,6 @@ class Trainer:
                 weights = {k: v for k, v in weights.items() if not k.startswith("context.")}
                 fresh |= {k: v for k, v in own.items() if k.startswith("context.")}
             weights = fresh | weights
-        if is_trained(self.settings.part, "g_s.first.weight"):
-            weights = weights | {LIMIT: own[LIMIT]}
         self.model.load_state_dict(weights)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
