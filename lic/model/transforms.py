@@ -8,8 +8,6 @@ as an in-loop filter from the start.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,7 @@ from lic.model.layers import WIDE, Residual, depth_to_space, space_to_depth
 from lic.model.non_local import NonLocal
 
 OVERLAP = DOWNSAMPLING // 2  # pixels by which a block reaches over each of its sides
-GATED = 8.0  # limit of gated products in the synthesis; those of photographs reach 4.4
+GATED = 8.0  # limit of gated products; those of photographs reach 4.4 in the synthesis, 1.4 in the analysis
 
 
 class LappedShortcut(nn.Module):
@@ -118,7 +116,7 @@ class Stage(nn.Module):
         self.quality = QualityTable(knots, 2 * width)
         self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
 
-    def forward(self, x: Tensor, code: Tensor, limit: float = math.inf) -> Tensor:
+    def forward(self, x: Tensor, code: Tensor, limit: float) -> Tensor:
         scale, offset = self.quality(code)[:, None, None, :].to(x.dtype).chunk(2, dim=-1)
         x = x * (1 + scale) + offset
         for block in self.blocks:
@@ -142,9 +140,9 @@ class Analysis(nn.Module):
         self.last = _zero(nn.Linear(w16, config.latent))
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        x = self.stage4(self.down4(space_to_depth(x, 4)), code)  # (B, H/4, W/4, w4)
-        x = self.stage8(self.down8(space_to_depth(x, 2)), code)
-        x = self.stage16(self.down16(space_to_depth(x, 2)), code)
+        x = self.stage4(self.down4(space_to_depth(x, 4)), code, GATED)  # (B, H/4, W/4, w4)
+        x = self.stage8(self.down8(space_to_depth(x, 2)), code, GATED)
+        x = self.stage16(self.down16(space_to_depth(x, 2)), code, GATED)
         if self.non_local is not None:
             x = self.non_local(Fixed(x), self.floating).x
         return self.last(x)
