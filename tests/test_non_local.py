@@ -30,7 +30,7 @@ from lic.model.config import CONFIGS, Config
 from lic.model.context import Geometry
 from lic.model.layers import WIDE
 from lic.model.non_local import BLOCK, NonLocal
-from lic.model.transforms import GATED
+from lic.model.transforms import SYNTHESIS_LIMIT
 from lic.pipeline import windows
 from lic.train.cli import command
 from lic.train.export import export
@@ -416,7 +416,7 @@ def test_transforms_for_an_entropy_model_that_stays(
     assert store.read_info(parent).entropy_id == info.entropy_id
 
     loaded = store.load_file(store.read_info(target))
-    assert loaded.net.g_s.limit == GATED
+    assert loaded.net.g_s.limit == SYNTHESIS_LIMIT
     fine, plain = (pipeline.encode_rgb(model, picture(64, 64), 20_000)
                    for model in (loaded, store.load_file(store.read_info(parent))))  # fmt: skip
     assert np.array_equal(pipeline.decode_rgb(loaded, fine.container).rgb, fine.reconstruction)

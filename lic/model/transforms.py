@@ -19,7 +19,7 @@ from lic.model.layers import WIDE, Residual, depth_to_space, space_to_depth
 from lic.model.non_local import NonLocal
 
 OVERLAP = DOWNSAMPLING // 2  # pixels by which a block reaches over each of its sides
-GATED = 8.0  # limit of gated products; those of photographs reach 4.4 in the synthesis, 1.4 in the analysis
+ANALYSIS_LIMIT, SYNTHESIS_LIMIT = 3.0, 8.0  # of gated products; those of photographs reach 1.4 and 4.4
 
 
 class LappedShortcut(nn.Module):
@@ -140,9 +140,9 @@ class Analysis(nn.Module):
         self.last = _zero(nn.Linear(w16, config.latent))
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        x = self.stage4(self.down4(space_to_depth(x, 4)), code, GATED)  # (B, H/4, W/4, w4)
-        x = self.stage8(self.down8(space_to_depth(x, 2)), code, GATED)
-        x = self.stage16(self.down16(space_to_depth(x, 2)), code, GATED)
+        x = self.stage4(self.down4(space_to_depth(x, 4)), code, ANALYSIS_LIMIT)  # (B, H/4, W/4, w4)
+        x = self.stage8(self.down8(space_to_depth(x, 2)), code, ANALYSIS_LIMIT)
+        x = self.stage16(self.down16(space_to_depth(x, 2)), code, ANALYSIS_LIMIT)
         if self.non_local is not None:
             x = self.non_local(Fixed(x), self.floating).x
         return self.last(x)
@@ -164,7 +164,7 @@ class Synthesis(nn.Module):
         stages = zip(config.widths, config.depths, strict=True)
         self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
         self.last = _zero(nn.Linear(w4, 48))
-        self.limit = GATED  # infinite in weights from before there was one
+        self.limit = SYNTHESIS_LIMIT  # infinite in weights from before there was one
 
     def forward(self, y: Tensor, linear: Tensor, code: Tensor) -> Tensor:
         x = self.first(y)
