@@ -322,7 +322,9 @@ def test_tuned_for_ms_ssim(part: str, photos: Path, tmp_path: Path, monkeypatch:
         names = set(file.keys())
     vectors = {name for name in names if name.endswith((".bias", ".spatial.weight"))}
     assert bool(vectors) == (part == "vectors")
-    assert all(".quality." in name or name.startswith(("log_", "units.")) for name in names - vectors)
+    assert (store.LIMIT in names) == (part == "vectors")
+    others = names - vectors - {store.LIMIT}
+    assert all(".quality." in name or name.startswith(("log_", "units.")) for name in others)
     monkeypatch.setenv("LIC_MODELS", str(tmp_path))
     rgb = np.asarray(Image.open(photos / "0.png").crop((0, 0, 200, 190)))
     codec = lic.Codec("tiny")
