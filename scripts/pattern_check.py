@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 import lic
+from lic.train.patterns import BAYER
 
 SIDE = 128
 PHOTO = Path(__file__).resolve().parent.parent / "tests/data/demo.png"
-BAYER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])
 RED, CYAN = np.array([255, 0, 0]), np.array([0, 255, 255])
 
 
@@ -45,7 +45,8 @@ def patterns() -> dict[str, np.ndarray]:
     add("wave of 0.3 and 0.2 cycles per px", 0.5 + 0.5 * np.sin(2 * np.pi * (0.3 * x + 0.2 * y)))
     photo = Image.open(PHOTO).convert("RGB").crop((60, 100, 60 + SIDE, 100 + SIDE))
     add("photo, diffused to black and white", np.asarray(photo.convert("1").convert("L")) / 255)
-    add("photo, ordered dithering", (np.asarray(photo) / 255 > (BAYER[y % 4, x % 4, None] + 0.5) / 16).astype(float))
+    threshold = (np.array(BAYER)[y % 4, x % 4, None] + 0.5) / 16
+    add("photo, ordered dithering", (np.asarray(photo) / 255 > threshold).astype(float))
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _CELLS = (1, 1, 1, 2, 3, 4, 8, 16)  # sides of a pattern's cells in pixels, one of them for each crop
 _DIRECTIONS = ((1, 0), (0, 1), (1, 1))  # in which stripes change: down, across, both, which makes them checks
-_BAYER = ((0, 8, 2, 10), (12, 4, 14, 6), (3, 11, 1, 9), (15, 7, 13, 5))  # thresholds of ordered dithering, sixteenths
+BAYER = ((0, 8, 2, 10), (12, 4, 14, 6), (3, 11, 1, 9), (15, 7, 13, 5))  # thresholds of ordered dithering, sixteenths
 
 
 def draw_patterns(crops: Tensor, generator: torch.Generator) -> Tensor:
@@ -33,7 +33,7 @@ def draw_patterns(crops: Tensor, generator: torch.Generator) -> Tensor:
     each = torch.arange(batch, device=device)[:, None, None]
     noise = random(side, side, 3)[each, row, column]
     noise = torch.where(random(1, 1, 1) < 0.5, noise, noise[..., :1])
-    bayer = (torch.tensor(_BAYER, device=device)[row % 4, column % 4].unsqueeze(-1) + 0.5) / 16
+    bayer = (torch.tensor(BAYER, device=device)[row % 4, column % 4].unsqueeze(-1) + 0.5) / 16
     down, across = one_of(_DIRECTIONS)[:, :, None, None].unbind(1)
     waves = random(2, 1, 1) * math.pi * line.view(1, 1, side, 1)  # up to half a cycle per pixel
     light = crops / 255
