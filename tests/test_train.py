@@ -26,6 +26,7 @@ from lic.errors import LicError, UnsupportedError
 from lic.model import store
 from lic.model.codec import CodecModel
 from lic.model.config import CONFIGS
+from lic.train.chroma import soften_chroma
 from lic.train.cli import command
 from lic.train.data import Pictures, Pool, sample
 from lic.train.export import export
@@ -96,9 +97,35 @@ def test_patterns_are_drawn_over_a_share_of_the_crops(photos: Path) -> None:
     steps = (drawn[:, 1:].int() - drawn[:, :-1].int()).abs().float().mean(dim=(1, 2, 3))
     assert steps.quantile(0.9) > 3 * (crops[:, 1:].int() - crops[:, :-1].int()).abs().float().mean()
     torch.manual_seed(2)
-    untouched, _ = sample(plain, 200, 64, generator.manual_seed(3), 0.0)
+    untouched, _ = sample(plain, 200, 64, generator.manual_seed(3), chroma_part=0, pattern_part=0)
     torch.manual_seed(2)
-    some, _ = sample(plain, 200, 64, generator.manual_seed(3), 0.2)
+    some, _ = sample(plain, 200, 64, generator.manual_seed(3), chroma_part=0, pattern_part=0.2)
+    assert 20 < (some != untouched).flatten(1).any(1).sum() < 60
+
+
+def test_chroma_of_a_share_of_the_crops_is_soft(photos: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randint(80, 170, (20, 64, 64, 3), dtype=torch.uint8, generator=generator)
+    soft = soften_chroma(noise, generator)
+    assert soft.shape == noise.shape and soft.dtype == torch.uint8
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    luma, soft_luma = ((x.float() * weights).sum(-1) for x in (noise, soft))
+    assert (soft_luma - luma).abs().max() <= 0.5  # rounding
+    chroma, soft_chroma = (x[..., 0].float() - y for x, y in ((noise, luma), (soft, soft_luma)))
+    assert soft_chroma.var() < 0.2 * chroma.var()
+    flat = torch.full((50, 64, 64, 3), 100, dtype=torch.uint8)
+    flat[..., 0] = 200
+    red, _, blue = soften_chroma(flat, generator).float().unbind(-1)
+    strength = (red - blue) / 100
+    assert 0.38 < strength.min() < 0.5 and 0.9 < strength.max() <= 1
+    gray = noise[..., :1].expand(-1, -1, -1, 3)
+    assert torch.equal(soften_chroma(gray, generator), gray)
+    plain = pictures(photos)
+    plain.wait(64)
+    torch.manual_seed(2)
+    untouched, _ = sample(plain, 200, 64, generator.manual_seed(3), chroma_part=0, pattern_part=0)
+    torch.manual_seed(2)
+    some, _ = sample(plain, 200, 64, generator.manual_seed(3), chroma_part=0.2, pattern_part=0)
     assert 20 < (some != untouched).flatten(1).any(1).sum() < 60
 
 

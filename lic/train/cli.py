@@ -63,6 +63,13 @@ from lic.quality import TUNES
 @click.option("--late-batch", type=int, default=2, show_default=True)
 @click.option("--late-crop", type=int, default=256, show_default=True)
 @click.option(
+    "--chroma-part",
+    type=float,
+    default=0.7,
+    show_default=True,
+    help="Share of the crops whose chroma is made as soft as that of camera JPEGs.",
+)
+@click.option(
     "--pattern-part",
     type=float,
     default=0.05,

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from lic.errors import LicError
 from lic.quality import MAX_CODE
+from lic.train.chroma import soften_chroma
 from lic.train.patterns import draw_patterns
 
 log = logging.getLogger(__name__)
 
-PATTERN_PART = 0.05  # share of crops with a pattern, if nothing else is said
+CHROMA_PART, PATTERN_PART = 0.7, 0.05  # shares of crops with soft chroma and with a pattern, if nothing else is said
 SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -179,18 +180,26 @@ class Pictures:
 
 
 def sample(
-    pictures: Pictures, batch: int, crop: int, generator: torch.Generator, pattern_part: float
+    pictures: Pictures,
+    batch: int,
+    crop: int,
+    generator: torch.Generator,
+    *,
+    chroma_part: float = CHROMA_PART,
+    pattern_part: float = PATTERN_PART,
 ) -> tuple[Tensor, Tensor]:
     """A batch (B, crop, crop, 3) in [-0.5, 0.5], half of it from scaled-down pictures, and its quality codes (B,).
 
-    The share ``pattern_part`` of it has patterns drawn over (:func:`draw_patterns`).
+    The share ``chroma_part`` of it has its chroma softened (:func:`soften_chroma`), and the share ``pattern_part`` has
+    patterns drawn over (:func:`draw_patterns`).
     """
     half = batch // 2
     crops = [pool.crops(n, crop, generator) for pool, n in zip(pictures.pools, (half, batch - half), strict=True)]
     x = torch.cat(crops)
-    chosen = (torch.rand(batch) < pattern_part).nonzero()[:, 0]  # not on the device, which need not be waited for so
-    if len(chosen) > 0:
-        x[chosen] = draw_patterns(x[chosen], generator)
+    for part, change in ((chroma_part, soften_chroma), (pattern_part, draw_patterns)):
+        chosen = (torch.rand(batch) < part).nonzero()[:, 0]  # not on the device, which need not be waited for so
+        if len(chosen) > 0:
+            x[chosen] = change(x[chosen], generator)
     u = torch.rand(batch, generator=generator, device=generator.device)
     u[:half] *= 0.75  # lightly compressed originals would teach the highest qualities to drop detail
     return x.float() / 255 - 0.5, torch.round(u * MAX_CODE)

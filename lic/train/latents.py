@@ -13,7 +13,7 @@ from torch import Tensor
 from lic.errors import LicError
 from lic.model.codec import CodecModel
 from lic.model.config import DOWNSAMPLING
-from lic.train.data import PATTERN_PART, Pictures, sample
+from lic.train.data import Pictures, sample
 
 SUFFIX = ".safetensors"
 CROPS_AT_A_TIME = 8
@@ -30,7 +30,7 @@ def store_latents(net: CodecModel, pictures: Pictures, target: Path, count: int,
     parts: dict[str, list[Tensor]] = {name: [] for name in _TYPES}
     for start in range(0, count, CROPS_AT_A_TIME):
         batch = max(2, min(CROPS_AT_A_TIME, count - start))
-        x, code = sample(pictures, batch, side, generator, PATTERN_PART)
+        x, code = sample(pictures, batch, side, generator)
         y, z = net.latents(x, code)
         for name, value in zip(parts, (y, z, code), strict=True):
             parts[name].append(value.to(_TYPES[name]).cpu())

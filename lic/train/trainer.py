@@ -29,11 +29,11 @@ from lic.model.transforms import lapped_basis
 from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
 from lic.train.calibration import calibrate
-from lic.train.data import PATTERN_PART, Pictures, sample
+from lic.train.data import CHROMA_PART, PATTERN_PART, Pictures, sample
 from lic.train.latents import StoredLatents
 from lic.train.optimizers import make_optimizers
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 LOSS_EXPONENT = 0.4
 MAX_COST = 20.0  # what one crop adds to a batch's loss: 99 of 100 crops of photographs cost less, patterns up to 20,000
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
@@ -86,6 +86,7 @@ class Settings:
     crop: int = 192
     late_batch: int = 2  # batch and crop of the last quarter
     late_crop: int = 256
+    chroma_part: float = CHROMA_PART  # share of the crops whose chroma is as soft as that of camera JPEGs
     pattern_part: float = PATTERN_PART  # share of the crops that have a pattern drawn over them
     ema: float = 0.998
     clip: float = 1.0
@@ -371,7 +372,8 @@ class Trainer:
             crop = source.side
             inputs = source.batch(batch, self.generator)
         else:
-            x, code = sample(source, batch, crop, self.generator, s.pattern_part)
+            parts = {"chroma_part": s.chroma_part, "pattern_part": s.pattern_part}
+            x, code = sample(source, batch, crop, self.generator, **parts)
             if s.part == "context":
                 with self.autocast():
                     inputs = (*self.latents(x, code), code)
