@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from lic.train.patterns import draw_patterns
 from lic.train.trainer import MAX_COST, Settings, Trainer, _weighted, averaged_model
 
 CPU = torch.device("cpu")
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 SETTINGS = Settings(
     model="tiny", schedule_minutes=60, batch=2, crop=64, late_crop=64, warm_up_steps=5, frozen_part=0, refine_part=0
 )
@@ -127,6 +130,14 @@ def test_chroma_of_a_share_of_the_crops_is_soft(photos: Path) -> None:
     torch.manual_seed(2)
     some, _ = sample(plain, 200, 64, generator.manual_seed(3), chroma_part=0.2, pattern_part=0)
     assert 20 < (some != untouched).flatten(1).any(1).sum() < 60
+
+
+def test_spectrum_of_chroma(photos: Path) -> None:
+    main = runpy.run_path(str(SCRIPTS / "chroma_spectrum.py"))["main"]
+    result = CliRunner().invoke(main, [str(photos), "--pictures", "2"])
+    assert result.exit_code == 0, result.output
+    plain, soft = ([float(x) for x in re.findall(r"(-?[0-9.]+) dB", row)] for row in result.output.splitlines()[2:])
+    assert len(plain) == len(soft) == 4 and all(b < a - 2 for a, b in zip(plain, soft, strict=True))
 
 
 def test_no_crop_costs_more_than_the_limit() -> None:
