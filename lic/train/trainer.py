@@ -33,7 +33,7 @@ from lic.train.data import CHROMA_PART, PATTERN_PART, Pictures, sample
 from lic.train.latents import StoredLatents
 from lic.train.optimizers import make_optimizers
 
-STATE_VERSION = 7
+STATE_VERSION = 8
 LOSS_EXPONENT = 0.4
 MAX_COST = 20.0  # what one crop adds to a batch's loss: 99 of 100 crops of photographs cost less, patterns up to 20,000
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
@@ -48,7 +48,7 @@ PARTS = {
     "transforms": "analysis, hyper-analysis and synthesis for an entropy model that stays as it is",
     "synthesis": "the synthesis transform and its gains, on latents rounded as the encoder does",
     "gains": "the scaling factors of a finished model (log_gain, log_igain)",
-    "tables": "these and the transforms' other tables by quality, the scales and offsets of their stages",
+    "tables": "these, the tails and the transforms' other tables by quality, the scales and offsets of their stages",
     "vectors": "these and the transforms' biases and depthwise kernels: all of them but their matrices",
 }
 WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
@@ -56,12 +56,13 @@ WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
 
 def is_trained(part: str, name: str) -> bool:
     """Whether the parameter of this name belongs to one of PARTS."""
-    if part in ("gains", "tables", "vectors"):
+    if part == "gains":
+        return name.startswith(("log_gain.", "log_igain."))
+    if part in ("tables", "vectors"):
         is_table = ".quality." in name or (part == "vectors" and name.endswith((".bias", ".spatial.weight")))
-        is_transform = part != "gains" and name.startswith(("g_a.", "g_s."))
-        return (is_transform and is_table) or name.startswith(("log_gain.", "log_igain."))
+        return name.startswith(("log_gain.", "log_igain.", "tails")) or (name.startswith(("g_a.", "g_s.")) and is_table)
     if part in ("transforms", "synthesis"):
-        return name.startswith(("g_s.", "log_igain.") + (("g_a.", "h_a.") if part == "transforms" else ()))
+        return name.startswith(("g_s.", "log_igain.", "tails") + (("g_a.", "h_a.") if part == "transforms" else ()))
     return part == "all" or name.startswith("context.") or (part == "nonlocal" and ".non_local." in name)
 
 
@@ -185,9 +186,7 @@ class Trainer:
 
         Raises LicError on a state of another version.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.get("version") != STATE_VERSION:
-            raise LicError(f"{path}: state version {state.get('version')}, this lic needs {STATE_VERSION}")
+        state = _read_state(path)
         trainer = cls(Settings(**state["settings"]), device, Config.from_json(state["config"]))
         trainer.model.load_state_dict(state["model"])
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
@@ -428,9 +427,19 @@ def _weighted(y_bits: Tensor, z_bits: Tensor, distortion: Tensor, code: Tensor, 
     return loss, metrics.detach()
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("version") != STATE_VERSION:
+        raise LicError(f"{path}: state version {state.get('version')}, this lic needs {STATE_VERSION}")
+    return state
+
+
 def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
-    """The model with the averaged weights of a saved state, on the CPU, and the state's bookkeeping."""
-    state = torch.load(state_path, map_location="cpu", weights_only=True)
+    """The model with the averaged weights of a saved state, on the CPU, and the state's bookkeeping.
+
+    Raises LicError on a state of another version.
+    """
+    state = _read_state(state_path)
     model = CodecModel(Config.from_json(state["config"]))
     model.load_state_dict(state["average"])
     if state["grids"] is not None:
