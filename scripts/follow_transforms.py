@@ -18,7 +18,7 @@ from lic.errors import LicError
 from lic.model import store
 from lic.model.codec import CodecModel
 
-TRANSFORMS = ("g_a.", "h_a.", "g_s.", "log_igain.", "tails")
+TRANSFORMS = ("g_a.", "h_a.", "g_s.", "log_igain.", "centroids")
 
 
 @torch.no_grad()

@@ -365,7 +365,7 @@ class Weights:
         settings.pop("name", None)
         settled = json.dumps(settings, sort_keys=True).encode()
         self.entropy_id = self._digest(settled, ("h_s", "context", "units", "tables"))[:4]
-        self.synthesis_id = self._digest(b"", ("shortcut", "g_s", "log_gain", "log_igain", "tails"))[:2]
+        self.synthesis_id = self._digest(b"", ("shortcut", "g_s", "log_gain", "log_igain", "centroids"))[:2]
         self.y, self.z = (
             Tables(*(self.arrays[f"tables.{part}.{name}"] for name in ("cdf", "size", "offset", "raw_bits")))
             for part in "yz"

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file as read_arrays
 from lic.coder import SCALES
 from lic.exact import Fixed, attend
 from lic.model import store
-from lic.model.codec import MIN_SCALE, TAILS, CodecModel, expected_offset, gaussian_bits, round_for_rate
+from lic.model.codec import CENTROIDS, MIN_SCALE, CodecModel, expected_offset, gaussian_bits, round_for_rate
 from lic.model.complexity import kmac_per_pixel
 from lic.model.config import CONFIGS, Config
 from lic.model.context import Prediction
@@ -23,7 +23,7 @@ from lic.model.layers import CACHED, Residual, depth_to_space, space_to_depth
 from lic.model.transforms import LappedShortcut, lapped_basis
 from lic.quality import MAX_CODE, code_of, step_of
 
-NO_TAILS = torch.zeros(len(SCALES), TAILS)
+NO_CENTROIDS = torch.zeros(len(SCALES), CENTROIDS)
 
 
 def test_lapped_basis_is_an_orthogonal_transform() -> None:
@@ -117,33 +117,33 @@ def test_expected_offset_is_the_conditional_mean() -> None:
     y = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.8 + 0.3
     for value in (-1.0, 0.0, 1.0, 2.0):
         inside = y[y.round() == value]
-        offset = expected_offset(torch.tensor(value), torch.tensor(0.3), torch.tensor(0.8), NO_TAILS)
+        offset = expected_offset(torch.tensor(value), torch.tensor(0.3), torch.tensor(0.8), NO_CENTROIDS)
         assert abs(float(inside.mean() - value) - float(offset)) < 2e-3
-    far = expected_offset(torch.tensor([50.0, -50.0]), torch.zeros(2), torch.full((2,), 0.11), NO_TAILS)
+    far = expected_offset(torch.tensor([50.0, -50.0]), torch.zeros(2), torch.full((2,), 0.11), NO_CENTROIDS)
     assert far.tolist() == [-0.5, 0.5]
 
 
-def test_tails_move_what_is_far_from_the_mean_outwards() -> None:
-    tails = torch.arange(len(SCALES) * TAILS).reshape(len(SCALES), TAILS) / 1000
+def test_centroids_move_what_is_far_from_the_mean_outwards() -> None:
+    centroids = torch.arange(len(SCALES) * CENTROIDS).reshape(len(SCALES), CENTROIDS) / 1000
     mean, scale = torch.tensor(2.4), torch.tensor(SCALES[7], dtype=torch.float32)
     for value, outward in ((2.0, 0.0), (3.0, 0.021), (1.0, -0.021), (4.0, 0.022), (5.0, 0.023), (90.0, 0.023)):
-        plain, moved = (expected_offset(torch.tensor(value), mean, scale, t) for t in (NO_TAILS, tails))
+        plain, moved = (expected_offset(torch.tensor(value), mean, scale, t) for t in (NO_CENTROIDS, centroids))
         assert float(moved - plain) == pytest.approx(outward, abs=1e-6)
 
 
-def test_tails_are_those_of_the_weights(tmp_path: Path) -> None:
+def test_centroids_are_those_of_the_weights(tmp_path: Path) -> None:
     """They change pixels, not symbols' tables; weights without them have none."""
     info = store.read_info(DATA / "models/tiny.safetensors")
     net = store.load_file(info).net
-    assert not net.tails.any() and store.TAILS not in read_arrays(info.path)
+    assert not net.centroids.any() and store.CENTROIDS not in read_arrays(info.path)
     shutil.copy(info.path, tmp_path)
-    net.tails[20, 0] = 0.3
+    net.centroids[20, 0] = 0.3
     parent = store.read_info(tmp_path / info.path.name)
-    store.write_model(tmp_path / "tails.safetensors", net, {"provenance": {}}, parent)
-    other = store.read_info(tmp_path / "tails.safetensors")
-    assert set(read_arrays(other.path)) == {store.TAILS}
+    store.write_model(tmp_path / "centroids.safetensors", net, {"provenance": {}}, parent)
+    other = store.read_info(tmp_path / "centroids.safetensors")
+    assert set(read_arrays(other.path)) == {store.CENTROIDS}
     assert other.entropy_id == info.entropy_id and other.synthesis_id != info.synthesis_id
-    assert torch.equal(store.load_file(other).net.tails, net.tails)
+    assert torch.equal(store.load_file(other).net.centroids, net.centroids)
 
 
 def test_rounding_for_rate_never_costs_more() -> None:
@@ -153,14 +153,14 @@ def test_rounding_for_rate_never_costs_more() -> None:
     nearest = torch.round(y)
 
     def cost(value: torch.Tensor) -> torch.Tensor:
-        error = y - value - expected_offset(value, mean, scale, NO_TAILS)
+        error = y - value - expected_offset(value, mean, scale, NO_CENTROIDS)
         return gaussian_bits(value, mean, scale) + 8 * error.square()
 
-    chosen = round_for_rate(y, mean, scale, torch.tensor(8.0), NO_TAILS)
+    chosen = round_for_rate(y, mean, scale, torch.tensor(8.0), NO_CENTROIDS)
     assert bool((cost(chosen) <= cost(nearest)).all())
     assert (chosen - nearest).abs().max() == 1
     assert bool(((chosen - mean).abs() <= (nearest - mean).abs() + 0.5).all())
-    assert torch.equal(round_for_rate(y, mean, scale, torch.tensor(1e6), NO_TAILS), nearest)
+    assert torch.equal(round_for_rate(y, mean, scale, torch.tensor(1e6), NO_CENTROIDS), nearest)
 
 
 def test_scale_bound_lets_gradients_raise_but_not_lower() -> None:

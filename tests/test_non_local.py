@@ -391,7 +391,7 @@ def test_scaling_factors_alone(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("part", "changed_parts"),
-    [("synthesis", {"g_s", "log_igain", "tails"}), ("transforms", {"g_a", "h_a", "g_s", "log_igain", "tails"})],
+    [("synthesis", {"g_s", "log_igain", "centroids"}), ("transforms", {"g_a", "h_a", "g_s", "log_igain", "centroids"})],
 )
 def test_transforms_for_an_entropy_model_that_stays(
     part: str, changed_parts: set[str], photos: Path, tmp_path: Path
@@ -410,8 +410,8 @@ def test_transforms_for_an_entropy_model_that_stays(
     shutil.copy(parent, tmp_path / "whole.safetensors")
     export(tmp_path / "state.pt", tmp_path / "whole.safetensors", shared_from=tmp_path / "whole.safetensors", **options)
     own, theirs, info = read_arrays(tmp_path / "whole.safetensors"), read_arrays(parent), store.read_info(target)
-    assert {k.split(".")[0] for k in theirs if not np.array_equal(own[k], theirs[k])} == changed_parts - {"tails"}
-    assert set(own) == {*theirs, store.LIMIT, store.TAILS}
+    assert {k.split(".")[0] for k in theirs if not np.array_equal(own[k], theirs[k])} == changed_parts - {"centroids"}
+    assert set(own) == {*theirs, store.LIMIT, store.CENTROIDS}
     assert store.read_info(tmp_path / "whole.safetensors").entropy_id == info.entropy_id
     assert store.read_info(parent).entropy_id == info.entropy_id
 
@@ -469,7 +469,7 @@ def test_other_models_follow_new_transforms(tmp_path: Path) -> None:
     net.g_s.first.bias += 0.25
     net.g_a.stage8.quality.table -= 0.125
     net.g_s.limit = 5.0
-    net.tails[3, 1] = 0.125
+    net.centroids[3, 1] = 0.125
     store.write_model(new / TINY.name, net, record, store.read_info(new / TINY.name))
     main = runpy.run_path(str(SCRIPTS / "follow_transforms.py"))["main"]
     result = CliRunner().invoke(main, [str(old), str(new), "--base", "tiny"])
@@ -482,7 +482,7 @@ def test_other_models_follow_new_transforms(tmp_path: Path) -> None:
         theirs = store.load_file(after).net
         torch.testing.assert_close(theirs.g_s.first.bias, whole.g_s.first.bias + moved, atol=1e-3, rtol=1e-3)
         assert torch.equal(theirs.g_a.stage8.quality.table, net.g_a.stage8.quality.table)
-        assert theirs.g_s.limit == 5.0 and torch.equal(theirs.tails, net.tails)
+        assert theirs.g_s.limit == 5.0 and torch.equal(theirs.centroids, net.centroids)
 
     net.log_gain.table += 0.1
     net.unit_tables = None

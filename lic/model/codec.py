@@ -23,7 +23,7 @@ from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT = 0.72  # see CodecModel.rounding_weight
-TAILS = 3  # distances that CodecModel.tails tells apart: 1, 2, more
+CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
 
@@ -53,7 +53,7 @@ class CodecModel(nn.Module):
         self.context = make_context(config)
         self.log_gain = QualityTable(config.knots, config.latent)
         self.log_igain = QualityTable(config.knots, config.latent)
-        self.tails = nn.Parameter(torch.zeros(len(SCALES), TAILS))  # see expected_offset
+        self.centroids = nn.Parameter(torch.zeros(len(SCALES), CENTROIDS))  # see expected_offset
         self.register_buffer("sigma", torch.ones(config.latent))  # of the shortcut's latents
         self.unit_tables: tuple[Tensor, Tensor] | None = None  # those of a weights file; made anew in training
 
@@ -222,7 +222,7 @@ class CodecModel(nn.Module):
         """
         p = self.predict(torch.round(z), torch.round(y), code)
         weight = self.rounding_weight(code)[:, None, None]
-        return round_for_rate(y, p.mean, p.scale, weight if worth is None else worth * weight, self.tails)
+        return round_for_rate(y, p.mean, p.scale, weight if worth is None else worth * weight, self.centroids)
 
     def forward(
         self,
@@ -255,7 +255,7 @@ class CodecModel(nn.Module):
         y_bits = gaussian_bits(y_hat.detach(), mean, scale)
         if not frozen_latents:
             y_bits = y_bits + _gradient_only(gaussian_bits(_noisy(y), mean.detach(), scale.detach()))
-        offset = expected_offset(y_hat.detach(), mean.detach(), scale.detach(), self.tails)
+        offset = expected_offset(y_hat.detach(), mean.detach(), scale.detach(), self.centroids)
         return Forward(self.synthesis(y_hat + offset, code), y_bits.sum(dim=(1, 2, 3)), z_bits.sum(dim=(1, 2, 3)))
 
 
@@ -299,7 +299,7 @@ def gaussian_bits(y: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     return -torch.log2(lower_bound(mass, 1e-9))
 
 
-def round_for_rate(y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, tails: Tensor) -> Tensor:
+def round_for_rate(y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, centroids: Tensor) -> Tensor:
     """Round y to the nearest integer or the next one towards the mean, whichever costs less.
 
     The cost is bits + weight·(error of the dequantised value)²: rate-distortion optimised quantisation with the
@@ -309,26 +309,27 @@ def round_for_rate(y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, tails
     other = nearest + torch.sign(torch.round(mean) - nearest)
 
     def cost(value: Tensor) -> Tensor:
-        error = y - value - expected_offset(value, mean, scale, tails)
+        error = y - value - expected_offset(value, mean, scale, centroids)
         return gaussian_bits(value, mean, scale) + weight * error.square()
 
     return torch.where(cost(other) < cost(nearest), other, nearest)
 
 
-def expected_offset(y_hat: Tensor, mean: Tensor, scale: Tensor, tails: Tensor) -> Tensor:
-    """E[y | y_hat] - y_hat: for a Gaussian y within half a step of y_hat, at most half a step, and ``tails`` besides.
+def expected_offset(y_hat: Tensor, mean: Tensor, scale: Tensor, centroids: Tensor) -> Tensor:
+    """E[y | y_hat] - y_hat: for a Gaussian y within half a step of y_hat, at most half a step, plus ``centroids``.
 
-    Latents are far from their mean more often than a Gaussian. ``tails`` (scales, TAILS) says how many steps farther
-    out the expectation is for integers at a distance of 1, 2 or more from the rounded mean.
+    Rounding for rate takes values towards the mean, so that those which stay at an integer lie farther out; and
+    latents have longer tails than a Gaussian. ``centroids`` (scales, CENTROIDS) says by how many steps the expectation
+    is farther out for integers at a distance of 1, 2 or more from the rounded mean.
     """
     low, high = (y_hat - 0.5 - mean) / scale, (y_hat + 0.5 - mean) / scale
     density = (torch.exp(-0.5 * low**2) - torch.exp(-0.5 * high**2)) * (2 * math.pi) ** -0.5
     mass = (_cdf(high) - _cdf(low)).clamp(min=1e-6)
     offset = (mean - y_hat + scale * density / mass).clamp(-0.5, 0.5)
     distance = y_hat - torch.floor(mean + 0.5)
-    index = torch.round((torch.log(scale) - LOG_SCALE_0) / LOG_SCALE_STEP).clamp(0, len(tails) - 1) * TAILS
-    place = (index + distance.abs().clamp(1, TAILS) - 1).int()
-    return offset + torch.sign(distance) * tails.flatten().index_select(0, place.flatten()).view_as(offset)
+    index = torch.round((torch.log(scale) - LOG_SCALE_0) / LOG_SCALE_STEP).clamp(0, len(centroids) - 1) * CENTROIDS
+    place = (index + distance.abs().clamp(1, CENTROIDS) - 1).int()
+    return offset + torch.sign(distance) * centroids.flatten().index_select(0, place.flatten()).view_as(offset)
 
 
 def _cdf(x: Tensor) -> Tensor:

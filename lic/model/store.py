@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 EXACT_PARTS = ("h_s", "context")
 ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables")
-SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "tails")
+SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids")
 REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
 NETWORKS = ("g_a", "g_s", "h_a")
-HALF_PARTS = (*NETWORKS, *EXACT_PARTS, "shortcut", "tails")
+HALF_PARTS = (*NETWORKS, *EXACT_PARTS, "shortcut", "centroids")
 SMALLEST_ROW = 1e-3  # largest value of a row of 8-bit integers; smaller rows lose bits, which do not matter
 LIMIT = "g_s.limit"  # Synthesis.limit, left out where it is infinite
-TAILS = "tails"  # left out where they are zeros
+CENTROIDS = "centroids"  # left out where they are zeros
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -193,7 +193,7 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
 
     net = CodecModel(Config.from_json(info.config))
     net.g_s.limit = float(arrays[LIMIT][0]) if LIMIT in arrays else math.inf
-    state = {TAILS: torch.zeros_like(net.tails)}
+    state = {CENTROIDS: torch.zeros_like(net.centroids)}
     for name, value in arrays.items():
         if name.partition(".")[0] in ("tables", "units") or name.endswith((SCALE, EXPONENT)) or name == LIMIT:
             continue
@@ -278,8 +278,8 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             tensor.copy_(torch.from_numpy(arrays[name].astype(np.float32)))
         else:
             arrays[name] = value
-    if not arrays[TAILS].any():
-        del arrays[TAILS]
+    if not arrays[CENTROIDS].any():
+        del arrays[CENTROIDS]
     if math.isfinite(net.g_s.limit):
         arrays[LIMIT] = np.array([net.g_s.limit], np.float32)
     with torch.no_grad():

@@ -123,7 +123,7 @@ def optimise(
             at, at_z = (slice(None), rows, columns), (slice(None), quarter(rows), quarter(columns))
             rate, to_y, to_z = _rate(net, y_hat[at], z[at_z], code, with_context)
             bits += rate.bits
-            offset[at] = expected_offset(y_hat[at], rate.mean, rate.scale, net.tails)
+            offset[at] = expected_offset(y_hat[at], rate.mean, rate.scale, net.centroids)
             if to_y is not None:
                 slope[at] = distortion.context_weight * to_y
             if to_z is not None and number % 2 == 0:
@@ -142,7 +142,7 @@ def optimise(
             damping *= 2
         where = here.dequantised - here.gradient / (2 * damping * weight)
         target = here.target + STEP * (1 - number / (effort.passes + 1)) * (where - here.target)
-        y_hat, z = round_for_rate(target, here.mean, here.scale, weight, net.tails), here.z_next
+        y_hat, z = round_for_rate(target, here.mean, here.scale, weight, net.centroids), here.z_next
     return best
 
 

@@ -172,7 +172,7 @@ def code_tiles(
             if known is not None:
                 y_known = schedule.take(known.y, step)
                 if known.weight is not None:
-                    y_known = round_for_rate(y_known, mean, scale, schedule.take(known.weight, step), net.tails)
+                    y_known = round_for_rate(y_known, mean, scale, schedule.take(known.weight, step), net.centroids)
                 given = y_known.int() - shift
             stream = schedule.stream_of(step)
             values = code_part(1 + stream, rows, model.y_tables, given, last=step == last_steps[stream])
@@ -180,7 +180,7 @@ def code_tiles(
             if known is not None:
                 bits += gaussian_bits(y_step, p.mean, p.scale).sum(dim=(1, 2))
             schedule.put(y, step, y_step)
-            schedule.put(dequantised, step, y_step + expected_offset(y_step, mean, scale, net.tails))
+            schedule.put(dequantised, step, y_step + expected_offset(y_step, mean, scale, net.centroids))
             state = net.context.observe(state, step, y_step)
     return CodedTiles(Latents(z, y), dequantised, bits)
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from lic.errors import LicError
 
 # Learning rates relative to the networks': the fitted basis moves slowly, the few table entries quickly.
-FACTORS = {"networks": 1.0, "shortcut": 0.03, "log_gain": 2.0, "log_igain": 2.0, "tails": 2.0, "prior": 10.0}
+FACTORS = {"networks": 1.0, "shortcut": 0.03, "log_gain": 2.0, "log_igain": 2.0, "centroids": 2.0, "prior": 10.0}
 MAX_PRECONDITIONED = 512  # longest side of a matrix that SOAP keeps a basis for: the cost grows with its cube
 
 
