@@ -48,7 +48,7 @@ PARTS = {
     "transforms": "analysis, hyper-analysis and synthesis for an entropy model that stays as it is",
     "synthesis": "the synthesis transform and its gains, on latents rounded as the encoder does",
     "gains": "the scaling factors of a finished model (log_gain, log_igain)",
-    "tables": "these, the centroids of latents and the transforms' other tables by quality, the scales and offsets of their stages",
+    "tables": "these, the centroids and the transforms' other tables by quality, the scales and offsets of their stages",
     "vectors": "these and the transforms' biases and depthwise kernels: all of them but their matrices",
 }
 WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
@@ -59,10 +59,9 @@ def is_trained(part: str, name: str) -> bool:
     if part == "gains":
         return name.startswith(("log_gain.", "log_igain."))
     if part in ("tables", "vectors"):
-        is_table = ".quality." in name or (part == "vectors" and name.endswith((".bias", ".spatial.weight")))
-        return name.startswith(("log_gain.", "log_igain.", "centroids")) or (
-            name.startswith(("g_a.", "g_s.")) and is_table
-        )
+        if name.startswith(("g_a.", "g_s.")):
+            return ".quality." in name or (part == "vectors" and name.endswith((".bias", ".spatial.weight")))
+        return name.startswith(("log_gain.", "log_igain.", "centroids"))
     if part in ("transforms", "synthesis"):
         return name.startswith(("g_s.", "log_igain.", "centroids") + (("g_a.", "h_a.") if part == "transforms" else ()))
     return part == "all" or name.startswith("context.") or (part == "nonlocal" and ".non_local." in name)
