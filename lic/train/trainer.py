@@ -48,7 +48,7 @@ PARTS = {
     "transforms": "analysis, hyper-analysis and synthesis for an entropy model that stays as it is",
     "synthesis": "the synthesis transform and its gains, on latents rounded as the encoder does",
     "gains": "the scaling factors of a finished model (log_gain, log_igain)",
-    "tables": "these, the centroids and the transforms' other tables by quality, the scales and offsets of their stages",
+    "tables": "these, centroids and the transforms' other tables by quality, the scales and offsets of their stages",
     "vectors": "these and the transforms' biases and depthwise kernels: all of them but their matrices",
 }
 WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
