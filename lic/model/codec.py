@@ -22,7 +22,7 @@ from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
-ROUNDING_WEIGHT = 0.72  # see CodecModel.rounding_weight
+ROUNDING_WEIGHT = 0.8  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
