@@ -22,7 +22,7 @@ from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
-ROUNDING_WEIGHT = 0.8  # see CodecModel.rounding_weight
+ROUNDING_WEIGHT, ROUNDING_EXPONENT = 0.72, -0.05  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
@@ -189,12 +189,13 @@ class CodecModel(nn.Module):
         return lambda_of(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
 
     def rounding_weight(self, code: Tensor) -> Tensor:
-        """The same for :func:`round_for_rate`, (B, M): of the plain gain, and less.
+        """The same for :func:`round_for_rate`, (B, M): of the plain gain, times 0.72·λ^-0.05, 1.05 to 0.72.
 
         A choice for fewer bits also makes later symbols cheaper, which the rounding does not see. igain is left out:
         it undoes what rounding does to the values, which is not what an error costs.
         """
-        return ROUNDING_WEIGHT * lambda_of(code).unsqueeze(-1) / 3 * (255 / self.gain(code)).square()
+        times = ROUNDING_WEIGHT * lambda_of(code) ** (1 + ROUNDING_EXPONENT) / 3
+        return times.unsqueeze(-1) * (255 / self.gain(code)).square()
 
     def predict(self, z: Tensor, y_hat: Tensor, code: Tensor) -> Prediction:
         """What rounded latents y_hat (B, h, w, M) are coded with, given integer z: all steps at once."""

@@ -16,7 +16,7 @@ from lic.quality import Tune
 # one and for the other, 1220 to 1330.
 MS_SSIM_WORTH = 1280.0
 OF_CHANNELS, OF_NEIGHBOURS = 0.3, 0.5  # least share of their mean, of their maximum: see MsSsim.weight
-OF_ROUNDING, ROUNDING_POWER = 1.5, 0.7  # see MsSsim.rounding
+OF_ROUNDING, ROUNDING_POWER = 1.25, 0.7  # see MsSsim.rounding
 LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
 
 
