@@ -329,7 +329,8 @@ def expected_offset(y_hat: Tensor, mean: Tensor, scale: Tensor, centroids: Tenso
     offset = (mean - y_hat + scale * density / mass).clamp(-0.5, 0.5)
     distance = y_hat - torch.floor(mean + 0.5)
     index = torch.round((torch.log(scale) - LOG_SCALE_0) / LOG_SCALE_STEP).clamp(0, len(centroids) - 1) * CENTROIDS
-    place = (index + distance.abs().clamp(1, CENTROIDS) - 1).int()
+    # No place for what is not a number: the loss tells of it later.
+    place = torch.nan_to_num(index + distance.abs().clamp(1, CENTROIDS) - 1).int()
     return offset + torch.sign(distance) * centroids.flatten().index_select(0, place.flatten()).view_as(offset)
 
 
