@@ -304,7 +304,8 @@ def round_for_rate(y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, centr
     """Round y to the nearest integer or the next one towards the mean, whichever costs less.
 
     The cost is bits + weight·(error of the dequantised value)²: rate-distortion optimised quantisation with the
-    context as it is, blind to what a choice does to the prediction of later symbols.
+    context as it is, blind to what a choice does to the prediction of later symbols. ``centroids`` (scales, CENTROIDS)
+    are those of :func:`expected_offset`.
     """
     nearest = torch.round(y)
     other = nearest + torch.sign(torch.round(mean) - nearest)

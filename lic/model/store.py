@@ -2,12 +2,12 @@
 
 Listing models never imports torch. A file holds, for the matrices of the exact entropy path, 8-bit integers with a
 power of two for each row, and its biases as 32-bit floats; for those of the other networks 8-bit rows with a float
-scale; 16-bit floats for whatever else the networks have and for the shortcut, 32-bit floats for gains and priors, and
-the integer tables.
+scale; 16-bit floats for whatever else the networks have, for the shortcut and the centroids, 32-bit floats for gains
+and priors, and the integer tables.
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
 on: configuration, units of the activations, the arrays of h_s and of the context model, and the tables. The *synthesis
-identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut and the gains.
+identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut, the gains and the centroids.
 """
 
 from __future__ import annotations
