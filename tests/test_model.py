@@ -15,7 +15,16 @@ from safetensors.numpy import load_file as read_arrays
 from lic.coder import SCALES
 from lic.exact import Fixed, attend
 from lic.model import store
-from lic.model.codec import CENTROIDS, MIN_SCALE, CodecModel, expected_offset, gaussian_bits, round_for_rate
+from lic.model.codec import (
+    CENTROIDS,
+    MIN_SCALE,
+    THRESHOLD,
+    CodecModel,
+    expected_offset,
+    gaussian_bits,
+    round_for_rate,
+    softly_rounded,
+)
 from lic.model.complexity import kmac_per_pixel
 from lic.model.config import CONFIGS, Config
 from lic.model.context import Prediction
@@ -39,6 +48,25 @@ def test_full_shortcut_reconstructs_perfectly_up_to_the_border(size: tuple[int, 
     shortcut.set_basis(random @ random.T)
     x = torch.rand(2, *size, 3)
     torch.testing.assert_close(shortcut.synthesis(shortcut.analysis(x)), x, atol=1e-5, rtol=0)
+
+
+def test_latents_of_a_linear_orthonormal_transform_need_no_correction() -> None:
+    net = CodecModel(CONFIGS["tiny"])  # its networks add nothing yet
+    random = np.random.default_rng(0).normal(size=(768, 768))
+    net.shortcut.set_basis(random @ random.T)
+    x, code = torch.rand(2, 64, 128, 3) - 0.5, torch.tensor([0.0, MAX_CODE])
+    y = net.analysis(x, code).detach()
+    torch.testing.assert_close(net.corrected(x, y, code), y, atol=1e-4, rtol=1e-4)
+    away = net.corrected(x, y + 1, code) - y  # half the way back, nine tenths of it
+    torch.testing.assert_close(away, torch.tensor([0.5, 0.1])[:, None, None, None].expand_as(away), atol=1e-3, rtol=0)
+
+
+def test_soft_rounding_is_a_staircase_between_deadzones() -> None:
+    y = torch.linspace(-5, 5, 1001)
+    v = softly_rounded(y)
+    assert torch.equal(softly_rounded(-y), -v) and (v.diff() >= 0).all()
+    assert (v - y).abs().max() < THRESHOLD and v[y.abs() < 0.4].abs().max() < 0.03
+    torch.testing.assert_close(v[::100], y[::100], atol=1e-3, rtol=0)
 
 
 def test_space_to_depth_is_inverted() -> None:

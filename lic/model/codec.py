@@ -24,6 +24,8 @@ from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT = 0.72, -0.05  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
+CORRECTION = (0.5, 0.9)  # at quality 0 and 100, see CodecModel.corrected
+THRESHOLD, SOFTNESS = 0.62, 0.06  # see softly_rounded
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
 
@@ -171,6 +173,21 @@ class CodecModel(nn.Module):
         y = self.shortcut.analysis(x) + self.g_a(x, code).float()
         return y * self.gain(code)[:, None, None]
 
+    @torch.no_grad()
+    def corrected(self, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
+        """Latents y of pixels x, taken towards those of which the synthesis would make x: analysis by synthesis.
+
+        v is about what the decoder will get for y, and x - g_s(v) what is still missing. Were the synthesis its linear
+        shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
+        g_a anticipates in the mean only, whereas this sees what it does to these very latents. The share of the way
+        grows with quality from the one to the other of CORRECTION: the finer the steps, the surer is v.
+        """
+        v = softly_rounded(y)
+        missing = self.shortcut.analysis(x - self.synthesis(v, code)) * self.gain(code)[:, None, None]
+        low, high = CORRECTION
+        share = low + (high - low) / MAX_CODE * code[:, None, None, None]
+        return y + share * (v + missing - y)
+
     def synthesis(self, y: Tensor, code: Tensor) -> Tensor:
         """Pixels from dequantised latents in quantiser steps (rounded latents plus their offset)."""
         y = y * self.igain(code)[:, None, None]
@@ -205,7 +222,7 @@ class CodecModel(nn.Module):
     @torch.no_grad()
     def latents(self, x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         """Integers y (B, h, w, M), rounded as the encoder does it, and z (B, h/4, w/4, C) of pixels x."""
-        y = self.analysis(x, code)
+        y = self.corrected(x, self.analysis(x, code), code)
         z = torch.round(self.hyper_analysis(y, code))
         return self.rounded(y, z, code), z
 
@@ -241,11 +258,13 @@ class CodecModel(nn.Module):
         it would learn scales for noise (a symbol that is always 0 then still costs a tenth of a bit). The latents
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
-        With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are
-        rounded as the encoder does it (:meth:`rounded`, with ``worth``), and the gradient passes straight through.
+        Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. With
+        ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are rounded
+        as the encoder does it (:meth:`rounded`, with ``worth``), likewise straight through.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
+        y = self.corrected(x, y, code) + _gradient_only(y)
         y_hat = quantised(y, quantiser)
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))
@@ -315,6 +334,17 @@ def round_for_rate(y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, centr
         return gaussian_bits(value, mean, scale) + weight * error.square()
 
     return torch.where(cost(other) < cost(nearest), other, nearest)
+
+
+def softly_rounded(y: Tensor) -> Tensor:
+    """About E[dequantised value | y], before anything is known of means and scales: a staircase with soft steps.
+
+    Rounding for rate takes y to the next integer from a fraction of about THRESHOLD on; where exactly depends on the
+    context, hence the softness.
+    """
+    size = y.abs()
+    whole = torch.floor(size)
+    return torch.sign(y) * (whole + torch.sigmoid((size - whole - THRESHOLD) / SOFTNESS))
 
 
 def expected_offset(y_hat: Tensor, mean: Tensor, scale: Tensor, centroids: Tensor) -> Tensor:

@@ -87,17 +87,30 @@ def _windows(
 
 
 def analysis(net: CodecModel, pictures: Sequence[np.ndarray], grid: Geometry, code: Tensor) -> Tensor:
-    """g_a over windows, edges continued to the latent grid -> latents (B, h, w, M), not rounded.
+    """g_a over windows, corrected by what g_s makes of it (:meth:`CodecModel.corrected`): (B, h, w, M), not rounded.
 
     ``pictures``: B, each uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels,
-    and no larger than ``grid``; ``code``: their quality codes, (B,).
+    and no larger than ``grid``, to which their edges are continued; ``code``: their quality codes, (B,).
     """
+    y = _latents(net, pictures, grid, code, lambda x, _: net.analysis(x, code))
+    whole = Area(0, 0, grid.height, grid.width)
+    return _latents(net, pictures, grid, code, lambda x, window: net.corrected(x, window.of(y, whole), code))
+
+
+def _latents(
+    net: CodecModel,
+    pictures: Sequence[np.ndarray],
+    grid: Geometry,
+    code: Tensor,
+    of: Callable[[Tensor, Area], Tensor],
+) -> Tensor:
+    """(B, h, w, M), put together of what ``of`` makes of the pixels of each window, which is its second argument."""
     y = torch.empty(len(pictures), grid.height, grid.width, net.config.latent, device=code.device)
     for top, bottom, above, below in _windows(net, grid.height):
         for left, right, before, after in _windows(net, grid.width):
-            window = Area(above, before, below, after)
-            part = net.analysis(torch.stack([_pixels(picture, window, code.device) for picture in pictures]), code)
-            y[:, top:bottom, left:right] = part[:, top - above : bottom - above, left - before : right - before]
+            window, inside = Area(above, before, below, after), Area(top, left, bottom, right)
+            part = of(torch.stack([_pixels(picture, window, code.device) for picture in pictures]), window)
+            y[:, top:bottom, left:right] = inside.of(part, window)
     return y
 
 
@@ -224,11 +237,9 @@ def _times(
     of: Callable[[LappedShortcut, Tensor], Tensor],
 ) -> Tensor:
     """A weight of Distortion over windows: (B, h, w, M)."""
-    times = torch.empty(len(pictures), grid.height, grid.width, net.config.latent, device=code.device)
-    for top, bottom, above, below in _windows(net, grid.height):
-        for left, right, before, after in _windows(net, grid.width):
-            window = Area(above, before, below, after)
-            seen = 255 * (torch.stack([_pixels(picture, window, code.device) for picture in pictures]) + 0.5)
-            part = of(net.shortcut, seen).expand(-1, below - above, after - before, net.config.latent)
-            times[:, top:bottom, left:right] = part[:, top - above : bottom - above, left - before : right - before]
-    return times
+
+    def times(x: Tensor, window: Area) -> Tensor:
+        shape = (window.bottom - window.top, window.right - window.left, net.config.latent)
+        return of(net.shortcut, 255 * (x + 0.5)).expand(len(pictures), *shape)
+
+    return _latents(net, pictures, grid, code, times)
