@@ -24,7 +24,8 @@ from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT = 0.72, -0.05  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
-CORRECTION = (0.5, 0.9)  # at quality 0 and 100, see CodecModel.corrected
+CORRECTION = (0.7, 0.95)  # at quality 0 and 100, see CodecModel.corrected
+PULL = 1.0  # of latents towards what they are corrected to, in training, see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.62, 0.06  # see softly_rounded
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
@@ -258,13 +259,17 @@ class CodecModel(nn.Module):
         it would learn scales for noise (a symbol that is always 0 then still costs a tenth of a bit). The latents
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
-        Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. With
+        Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. A
+        correction undoes most of what the analysis does wrong, so that nothing would hold it to latents that the
+        correction can guess from: PULL times the logarithm of the squared distance that it goes does. With
         ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are rounded
         as the encoder does it (:meth:`rounded`, with ``worth``), likewise straight through.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        y = self.corrected(x, y, code) + _gradient_only(y)
+        corrected = self.corrected(x, y, code)
+        drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
+        y = corrected + _gradient_only(y)
         y_hat = quantised(y, quantiser)
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))
@@ -276,7 +281,8 @@ class CodecModel(nn.Module):
         if not frozen_latents:
             y_bits = y_bits + _gradient_only(gaussian_bits(_noisy(y), mean.detach(), scale.detach()))
         offset = expected_offset(y_hat.detach(), mean.detach(), scale.detach(), self.centroids)
-        return Forward(self.synthesis(y_hat + offset, code), y_bits.sum(dim=(1, 2, 3)), z_bits.sum(dim=(1, 2, 3)))
+        y_bits = y_bits.sum(dim=(1, 2, 3)) + _gradient_only(PULL * drift)
+        return Forward(self.synthesis(y_hat + offset, code), y_bits, z_bits.sum(dim=(1, 2, 3)))
 
 
 def lambda_of(code: Tensor) -> Tensor:
