@@ -25,7 +25,7 @@ MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT = 0.72, -0.05  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
 CORRECTION = (0.7, 0.95)  # at quality 0 and 100, see CodecModel.corrected
-PULL = 1.0  # of latents towards what they are corrected to, in training, see CodecModel.forward
+TRAINING_CORRECTION, PULL = (0.5, 0.7), 1.0  # see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.62, 0.06  # see softly_rounded
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
@@ -175,19 +175,19 @@ class CodecModel(nn.Module):
         return y * self.gain(code)[:, None, None]
 
     @torch.no_grad()
-    def corrected(self, x: Tensor, y: Tensor, code: Tensor) -> Tensor:
+    def corrected(self, x: Tensor, y: Tensor, code: Tensor, share: tuple[float, float] = CORRECTION) -> Tensor:
         """Latents y of pixels x, taken towards those of which the synthesis would make x: analysis by synthesis.
 
         v is about what the decoder will get for y, and x - g_s(v) what is still missing. Were the synthesis its linear
         shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
-        g_a anticipates in the mean only, whereas this sees what it does to these very latents. The share of the way
-        grows with quality from the one to the other of CORRECTION: the finer the steps, the surer is v.
+        g_a anticipates in the mean only, whereas this sees what it does to these very latents. The ``share`` of the
+        way grows with quality from the one to the other: the finer the steps, the surer is v.
         """
         v = softly_rounded(y)
         missing = self.shortcut.analysis(x - self.synthesis(v, code)) * self.gain(code)[:, None, None]
-        low, high = CORRECTION
-        share = low + (high - low) / MAX_CODE * code[:, None, None, None]
-        return y + share * (v + missing - y)
+        low, high = share
+        way = low + (high - low) / MAX_CODE * code[:, None, None, None]
+        return y + way * (v + missing - y)
 
     def synthesis(self, y: Tensor, code: Tensor) -> Tensor:
         """Pixels from dequantised latents in quantiser steps (rounded latents plus their offset)."""
@@ -259,15 +259,16 @@ class CodecModel(nn.Module):
         it would learn scales for noise (a symbol that is always 0 then still costs a tenth of a bit). The latents
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
-        Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. A
-        correction undoes most of what the analysis does wrong, so that nothing would hold it to latents that the
-        correction can guess from: PULL times the logarithm of the squared distance that it goes does. With
-        ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are rounded
-        as the encoder does it (:meth:`rounded`, with ``worth``), likewise straight through.
+        Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. That
+        is wrong where g_s answers too strongly, and then the analysis drifts: hence a smaller share of the way, and y
+        is drawn to what it is corrected to, by PULL bits times the logarithm of about the squared distance.
+
+        With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are
+        rounded as the encoder does it (:meth:`rounded`, with ``worth``), likewise straight through.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        corrected = self.corrected(x, y, code)
+        corrected = self.corrected(x, y, code, TRAINING_CORRECTION)
         drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
         y_hat = quantised(y, quantiser)
