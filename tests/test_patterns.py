@@ -16,19 +16,13 @@ import lic
 SCRIPT = Path(__file__).parent.parent / "scripts" / "pattern_check.py"
 
 
-# One pixel wide and as saturated as can be: worse since training gives most crops the soft chroma of photographs.
-KNOWN_WORSE = {"red and cyan stripes, 1 px"}
-
-
 @pytest.mark.parametrize("model", ["base", "base-ms-ssim"])
 def test_patterns_are_better_than_their_mean_colour(model: str) -> None:
     """The weights before the limit of the synthesis answered most of them with black and white at random."""
     result = CliRunner().invoke(runpy.run_path(str(SCRIPT))["main"], ["--model", model])
     rows = result.output.splitlines()[2:]
     assert len(rows) > 15, result.output
-    worse = {row.split("|")[1].strip() for row in rows if "worse" in row}
-    assert worse <= KNOWN_WORSE, result.output
-    assert result.exit_code == (1 if worse else 0)
+    assert result.exit_code == 0 and "worse" not in result.output, result.output
 
 
 def test_a_pattern_in_a_photograph_stays_where_it_is() -> None:
