@@ -254,3 +254,12 @@ def test_tune_on_the_command_line(lic: Run, tmp_path: Path, photo: np.ndarray) -
     assert (facts["tune"], facts["effort"]) == ("ms-ssim", 6)
     run = lic("encode", "--model", "tiny", "--tune", "ssim", "a.png", "b.lic")
     assert run.returncode == 2 and not (tmp_path / "b.lic").exists()
+
+
+@pytest.mark.parametrize("quality", [10, 75])
+def test_correcting_latents_pays(quality: float, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the shipped weights, whose training knew of it: bits + λ·error of the same picture with and without."""
+    base = store.load("base")
+    corrected = cost(encode_rgb(base, photo, code_of(quality)), photo)
+    monkeypatch.setattr(type(base.net), "corrected", lambda self, x, y, code: y)
+    assert corrected < cost(encode_rgb(base, photo, code_of(quality)), photo)
