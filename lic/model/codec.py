@@ -176,12 +176,12 @@ class CodecModel(nn.Module):
 
     @torch.no_grad()
     def corrected(self, x: Tensor, y: Tensor, code: Tensor, share: tuple[float, float] = CORRECTION) -> Tensor:
-        """Latents y of pixels x, taken towards those of which the synthesis would make x: analysis by synthesis.
+        """Latents y (B, h, w, M) of pixels x, taken to where the synthesis would make x of them: analysis by synthesis.
 
         v is about what the decoder will get for y, and x - g_s(v) what is still missing. Were the synthesis its linear
         shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
         g_a anticipates in the mean only, whereas this sees what it does to these very latents. The ``share`` of the
-        way grows with quality from the one to the other: the finer the steps, the surer is v.
+        way, given for quality 0 and 100, grows linearly: the finer the steps, the surer is v. Without gradients.
         """
         v = softly_rounded(y)
         missing = self.shortcut.analysis(x - self.synthesis(v, code)) * self.gain(code)[:, None, None]

@@ -13,7 +13,10 @@ from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 
 
 def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict[str, float]:
-    """Thousand multiply-adds per pixel of each part on a picture of that size, the context model with its cache."""
+    """Thousand multiply-adds per pixel of each part on a picture of that size, the context model with its cache.
+
+    The analysis is counted without its correction, which costs an encoder a synthesis and the shortcut once more.
+    """
     config: Config = net.config
     with torch.no_grad():
         x = torch.zeros(1, height, width, 3)

@@ -22,7 +22,7 @@ from lic.model.transforms import LappedShortcut
 from lic.pipeline.distortion import Distortion
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
-HALO = 8  # in latent positions; the transforms of `base` reach 6 (docs/architecture.md)
+HALO = 8  # in latent positions; the transforms of `base` reach 6, the correction 7 (docs/architecture.md)
 
 
 class Samples(NamedTuple):
