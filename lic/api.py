@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
@@ -38,24 +38,36 @@ _ANY_SIZE = 2**64  # pixels: what is in memory has been let in before
 class EncodeResult:
     """One encoded picture.
 
-    ``data``: the ``.lic`` file. ``reconstruction``: the colour that decoding ``data`` gives on this machine,
-    uint8 or uint16 as the source, (H, W, 3), or (H, W, 1) if gray; ``psnr``: of it, in dB over all samples,
-    infinite if it is exact (under full transparency, against the colour that was coded there).
-    ``quality``: at which it was encoded, with which ``effort``. ``estimated_bits``: the model's own estimate of the
-    coded size.
-    ``symbols_sha256``: as in DecodeResult. ``seconds``: without loading the model. ``notes``: in words, what was
-    lost before coding began.
+    ``data``: the ``.lic`` file. ``quality``: at which it was encoded, with which ``effort``. ``estimated_bits``: the
+    model's own estimate of the coded size. ``symbols_sha256``: as in DecodeResult. ``seconds``: without loading the
+    model. ``notes``: in words, what was lost before coding began.
     """
 
     data: bytes
     quality: float
     effort: int
-    reconstruction: np.ndarray
-    psnr: float
     estimated_bits: float
     symbols_sha256: str
     seconds: float
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    _colour: np.ndarray = field(repr=False)  # as it was coded
+    _encoded: Encoded = field(repr=False)
+
+    @property
+    def reconstruction(self) -> np.ndarray:
+        """The colour that decoding ``data`` gives on this machine, uint8 or uint16 as the source.
+
+        (H, W, 3), or (H, W, 1) if gray. Computed by the synthesis transform when it is first asked for.
+        """
+        return self._encoded.reconstruction
+
+    @property
+    def psnr(self) -> float:
+        """Of the reconstruction, in dB over all samples; infinite if it is exact.
+
+        Under full transparency it is against the colour that was coded there.
+        """
+        return psnr(self._colour, self.reconstruction)
 
 
 @dataclass(frozen=True)
@@ -95,12 +107,12 @@ class _ToEncode:
             data=self.file(encoded),
             quality=quality_of(encoded.container.header.quality),
             effort=effort,
-            reconstruction=encoded.reconstruction,
-            psnr=psnr(self.colour, encoded.reconstruction),
             estimated_bits=encoded.estimated_bits,
             symbols_sha256=encoded.symbols_sha256,
             seconds=time.perf_counter() - self.start,
             notes=self.picture.notes,
+            _colour=self.colour,
+            _encoded=encoded,
         )
 
 

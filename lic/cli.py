@@ -393,6 +393,7 @@ def encode(
         max_pixels=max_pixels,
         device=device,
         threads=threads,
+        measure=run.as_json or run.report is not None or log.isEnabledFor(logging.INFO),
     )
     return _run_jobs(operation, jobs, run)
 

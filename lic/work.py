@@ -39,6 +39,7 @@ class Encode:
     max_pixels: int
     device: str
     threads: int | None
+    measure: bool  # whether somebody is told the PSNR, which costs a synthesis
 
     def codec(self) -> Codec:
         """With its model loaded. Raises LicError when the model or the device is not there."""
@@ -54,7 +55,7 @@ class Encode:
         return images.picture_of(data, max_pixels=self.max_pixels, strip=self.strip)
 
     def code(self, codec: Codec, picture: Picture, progress: Progress = None) -> EncodeResult:
-        return codec.encode_result(
+        result = codec.encode_result(
             picture,
             self.quality,
             target=self.target,
@@ -63,15 +64,17 @@ class Encode:
             effort_seconds=self.effort_seconds,
             progress=progress,
         )
+        if self.measure:
+            _ = result.reconstruction  # here, where the networks have the cores, and not where files are written
+        return result
 
     def save(self, picture: Picture, result: EncodeResult) -> tuple[bytes, dict[str, Any]]:
-        return result.data, {
+        facts = {
             "width": picture.width,
             "height": picture.height,
             "notes": list(result.notes),
             "bpp": round(8 * len(result.data) / (picture.width * picture.height), 4),
             "estimated_bytes": round(result.estimated_bits / 8, 1),
-            "psnr": round(result.psnr, 2) if math.isfinite(result.psnr) else None,  # JSON has no infinity
             "quality": round(result.quality, 4),
             "tune": self.tune,
             "effort": result.effort,
@@ -79,6 +82,9 @@ class Encode:
             "seconds": round(result.seconds, 3),
             "symbols_sha256": result.symbols_sha256,
         }
+        if self.measure:
+            facts["psnr"] = round(result.psnr, 2) if math.isfinite(result.psnr) else None  # JSON has no infinity
+        return result.data, facts
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import lic
 from lic import images
 from lic.device import select_device
 from lic.model import store
+from lic.pipeline import windows
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,18 @@ def test_any_size_comes_back(codec: lic.Codec, shape: tuple[int, int]) -> None:
     assert decoded.rgb.shape == rgb.shape
     assert np.array_equal(decoded.rgb, result.reconstruction)
     assert decoded.symbols_sha256 == result.symbols_sha256
+
+
+def test_the_reconstruction_is_computed_when_asked_for_and_once(
+    codec: lic.Codec, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    synthesis = windows.synthesis
+    monkeypatch.setattr(windows, "synthesis", lambda *args, **options: calls.append(1) or synthesis(*args, **options))
+    result = codec.encode_result(picture)
+    assert not calls
+    assert result.psnr == images.psnr(picture, result.reconstruction)
+    assert len(calls) == 1
 
 
 def test_info(codec: lic.Codec, picture: np.ndarray) -> None:

@@ -69,6 +69,8 @@ def test_encode_and_decode_a_file(lic: Run, tmp_path: Path, png: Path, picture: 
     assert back.shape == picture.shape
     error = np.mean((back.astype(float) - picture) ** 2)
     assert 10 * np.log10(255**2 / error) == pytest.approx(facts["psnr"], abs=0.1)
+    said = lic("encode", png, "photo.lic", *TINY, "-v").stderr.decode()
+    assert f"{facts['psnr']} dB" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back.ppm", "photo.lic", "photo.png"]
 
 

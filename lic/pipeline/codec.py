@@ -5,12 +5,13 @@ Pictures of one padded grid, that is with the same sides in units of 64 pixels, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,12 +37,17 @@ Progress = Callable[[int, int], None]  # units of work done, and in all: tiles, 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A coded picture: what the decoder will show, and the float model's estimate of its streams in bits."""
+    """A coded picture, and the float model's estimate of its streams in bits."""
 
     container: Container
-    reconstruction: np.ndarray  # of the shape and type of what was encoded
+    synthesised: Callable[[], np.ndarray] = field(repr=False)  # computes the reconstruction, once
     estimated_bits: float
     symbols_sha256: str
+
+    @property
+    def reconstruction(self) -> np.ndarray:
+        """What the decoder will show, of the shape and type of what was encoded; the first call takes a synthesis."""
+        return self.synthesised()
 
 
 @dataclass(frozen=True)
@@ -229,11 +235,20 @@ def _coded(
             deep=rgb.dtype == np.uint16,
         )
         containers.append(Container(header, tuple(streams)))
-    headers = [container.header for container in containers]
-    pixels = _pixels(model, dequantised, headers, [16 if header.deep else 8 for header in headers], None)
+    synthesised = [
+        functools.cache(functools.partial(_reconstruction, model, dequantised[b : b + 1], container.header))
+        for b, container in enumerate(containers)
+    ]
     hashes = [check.hexdigest() for check in checks]
-    encoded = [Encoded(*parts) for parts in zip(containers, pixels, bits, hashes, strict=True)]
+    encoded = [Encoded(*parts) for parts in zip(containers, synthesised, bits, hashes, strict=True)]
     return encoded, (integers, hyper)
+
+
+@torch.no_grad()
+def _reconstruction(model: LoadedModel, dequantised: Tensor, header: Header) -> np.ndarray:
+    """The whole picture from its dequantised latents (1, h, w, M), with the bits of its source."""
+    (pixels,) = _pixels(model, dequantised, [header], [16 if header.deep else 8], None)
+    return pixels
 
 
 @torch.no_grad()
