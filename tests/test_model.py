@@ -69,6 +69,14 @@ def test_soft_rounding_is_a_staircase_between_deadzones() -> None:
     torch.testing.assert_close(v[::100], y[::100], atol=1e-3, rtol=0)
 
 
+def test_soft_rounding_makes_zeros_of_more_where_errors_count_less() -> None:
+    y = torch.linspace(0, 1, 101)
+    v = [softly_rounded(y, torch.tensor(worth)) for worth in (4.0, 1.0, 0.25, 1e-9)]
+    torch.testing.assert_close(v[1], softly_rounded(y))
+    half = [int((values < 0.5).sum()) for values in v]
+    assert half == sorted(half) and len(set(half)) == 4 and half[-1] < 101
+
+
 def test_space_to_depth_is_inverted() -> None:
     x = torch.randn(2, 8, 12, 3)
     assert torch.equal(depth_to_space(space_to_depth(x, 4), 4), x)

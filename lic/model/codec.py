@@ -27,6 +27,7 @@ CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 
 CORRECTION = (0.7, 0.95)  # at quality 0 and 100, see CodecModel.corrected
 TRAINING_CORRECTION, PULL = (0.5, 0.7), 1.0  # see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.62, 0.06  # see softly_rounded
+THRESHOLD_EXPONENT, MAX_THRESHOLD = -0.7, 0.95  # with a worth of its errors
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
 
@@ -175,15 +176,23 @@ class CodecModel(nn.Module):
         return y * self.gain(code)[:, None, None]
 
     @torch.no_grad()
-    def corrected(self, x: Tensor, y: Tensor, code: Tensor, share: tuple[float, float] = CORRECTION) -> Tensor:
+    def corrected(
+        self,
+        x: Tensor,
+        y: Tensor,
+        code: Tensor,
+        worth: Tensor | None = None,
+        share: tuple[float, float] = CORRECTION,
+    ) -> Tensor:
         """Latents y (B, h, w, M) of pixels x, taken to where the synthesis would make x of them: analysis by synthesis.
 
         v is about what the decoder will get for y, and x - g_s(v) what is still missing. Were the synthesis its linear
         shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
         g_a anticipates in the mean only, whereas this sees what it does to these very latents. The ``share`` of the
-        way, given for quality 0 and 100, grows linearly: the finer the steps, the surer is v. Without gradients.
+        way, given for quality 0 and 100, grows linearly: the finer the steps, the surer is v. ``worth`` is that of
+        :meth:`rounded`, which makes zeros of more where errors count less. Without gradients.
         """
-        v = softly_rounded(y)
+        v = softly_rounded(y, worth)
         missing = self.shortcut.analysis(x - self.synthesis(v, code)) * self.gain(code)[:, None, None]
         low, high = share
         way = low + (high - low) / MAX_CODE * code[:, None, None, None]
@@ -268,7 +277,7 @@ class CodecModel(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        corrected = self.corrected(x, y, code, TRAINING_CORRECTION)
+        corrected = self.corrected(x, y, code, worth, TRAINING_CORRECTION)
         drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
         y_hat = quantised(y, quantiser)
@@ -343,15 +352,18 @@ def round_for_rate(y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, centr
     return torch.where(cost(other) < cost(nearest), other, nearest)
 
 
-def softly_rounded(y: Tensor) -> Tensor:
+def softly_rounded(y: Tensor, worth: Tensor | None = None) -> Tensor:
     """About E[dequantised value | y], before anything is known of means and scales: a staircase with soft steps.
 
-    Rounding for rate takes y to the next integer from a fraction of about THRESHOLD on; where exactly depends on the
-    context, hence the softness.
+    Rounding for rate takes y to the next integer from a fraction of about THRESHOLD on, of more where an error's
+    ``worth`` is less than 1; where exactly depends on the context, hence the softness.
     """
+    threshold: Tensor | float = THRESHOLD
+    if worth is not None:
+        threshold = (0.5 + (THRESHOLD - 0.5) * worth**THRESHOLD_EXPONENT).clamp(max=MAX_THRESHOLD)
     size = y.abs()
     whole = torch.floor(size)
-    return torch.sign(y) * (whole + torch.sigmoid((size - whole - THRESHOLD) / SOFTNESS))
+    return torch.sign(y) * (whole + torch.sigmoid((size - whole - threshold) / SOFTNESS))
 
 
 def expected_offset(y_hat: Tensor, mean: Tensor, scale: Tensor, centroids: Tensor) -> Tensor:

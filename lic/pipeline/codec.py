@@ -110,8 +110,7 @@ def encode_rgb(
         if progress is not None:
             progress(done, units)
 
-    y = windows.analysis(model.net, [rgb], grid, code)
-    weight = windows.rounding_weight(model.net, [rgb], grid, code, DISTORTIONS[tune])
+    y, weight = _to_round(model, [rgb], grid, code, tune)
     (encoded,), known = _coded(model, [rgb], [quality_code], tile, boxes, y, None, weight, report)
     if passes == 0:
         return encoded
@@ -152,9 +151,17 @@ def encode_rgbs(
     """
     grid = _one_grid([(rgb.shape[1], rgb.shape[0]) for rgb in rgbs])
     code = _code_tensor(model, quality_codes)
-    y = windows.analysis(model.net, rgbs, grid, code)
-    weight = windows.rounding_weight(model.net, rgbs, grid, code, DISTORTIONS[tune])
+    y, weight = _to_round(model, rgbs, grid, code, tune)
     return _coded(model, rgbs, quality_codes, *_tiles_of(grid), y, None, weight, lambda done: None)[0]
+
+
+def _to_round(
+    model: LoadedModel, rgbs: Sequence[np.ndarray], grid: Geometry, code: Tensor, tune: Tune
+) -> tuple[Tensor, Tensor]:
+    """Latents of pictures of one padded grid, not rounded, and their weight: (B, h, w, M) each, as in `Latents`."""
+    worth = windows.rounding_worth(model.net, rgbs, grid, code, DISTORTIONS[tune])
+    y = windows.analysis(model.net, rgbs, grid, code, worth)
+    return y, worth * model.net.rounding_weight(code)[:, None, None]
 
 
 def _one_grid(sizes: Sequence[tuple[int, int]]) -> Geometry:

@@ -86,15 +86,22 @@ def _windows(
         yield max(start, first), min(end, last), max(0, start - halo), min(size, end + halo)
 
 
-def analysis(net: CodecModel, pictures: Sequence[np.ndarray], grid: Geometry, code: Tensor) -> Tensor:
+def analysis(
+    net: CodecModel, pictures: Sequence[np.ndarray], grid: Geometry, code: Tensor, worth: Tensor | None = None
+) -> Tensor:
     """g_a over windows, corrected by what g_s makes of it (:meth:`CodecModel.corrected`): (B, h, w, M), not rounded.
 
     ``pictures``: B, each uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels,
-    and no larger than ``grid``, to which their edges are continued; ``code``: their quality codes, (B,).
+    and no larger than ``grid``, to which their edges are continued; ``code``: their quality codes, (B,); ``worth``:
+    that of their :func:`rounding_worth`.
     """
     y = _latents(net, pictures, grid, code, lambda x, _: net.analysis(x, code))
     whole = Area(0, 0, grid.height, grid.width)
-    return _latents(net, pictures, grid, code, lambda x, window: net.corrected(x, window.of(y, whole), code))
+
+    def corrected(x: Tensor, window: Area) -> Tensor:
+        return net.corrected(x, window.of(y, whole), code, None if worth is None else window.of(worth, whole))
+
+    return _latents(net, pictures, grid, code, corrected)
 
 
 def _latents(
@@ -222,11 +229,11 @@ def weight(net: CodecModel, pixels: np.ndarray, grid: Geometry, code: Tensor, di
     return _times(net, [pixels], grid, code, distortion.weight) * net.distortion_weight(code)[:, None, None]
 
 
-def rounding_weight(
+def rounding_worth(
     net: CodecModel, pictures: Sequence[np.ndarray], grid: Geometry, code: Tensor, distortion: Distortion
 ) -> Tensor:
-    """The same for rounding once (:meth:`CodecModel.rounding_weight`), of B pictures: (B, h, w, M), for codes (B,)."""
-    return _times(net, pictures, grid, code, distortion.rounding) * net.rounding_weight(code)[:, None, None]
+    """How many times its :meth:`CodecModel.rounding_weight` each latent of B pictures has: (B, h, w, M)."""
+    return _times(net, pictures, grid, code, distortion.rounding)
 
 
 def _times(
