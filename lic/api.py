@@ -111,7 +111,7 @@ class _ToEncode:
             symbols_sha256=encoded.symbols_sha256,
             seconds=time.perf_counter() - self.start,
             notes=self.picture.notes,
-            _colour=self.colour,
+            _colour=self.colour.copy(),  # whose pixels are the caller's, to use again
             _encoded=encoded,
         )
 
