@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def test_the_reconstruction_is_computed_when_asked_for_and_once(
     mine[:] = 0
     assert not calls
     assert result.psnr == images.psnr(picture, result.reconstruction)
+    elsewhere = pickle.loads(pickle.dumps(result))
+    assert elsewhere.psnr == result.psnr and elsewhere.data == result.data
     assert len(calls) == 1
 
 

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,10 @@ class Encoded:
     def reconstruction(self) -> np.ndarray:
         """What the decoder will show, of the shape and type of what was encoded; the first call takes a synthesis."""
         return self.synthesised()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which need not have the model: with the reconstruction itself."""
+        return self.__dict__ | {"synthesised": functools.partial(np.asarray, self.reconstruction)}
 
 
 @dataclass(frozen=True)
