@@ -40,7 +40,8 @@ class EncodeResult:
 
     ``data``: the ``.lic`` file. ``quality``: at which it was encoded, with which ``effort``. ``estimated_bits``: the
     model's own estimate of the coded size. ``symbols_sha256``: as in DecodeResult. ``seconds``: without loading the
-    model. ``notes``: in words, what was lost before coding began.
+    model and, unless a target of PSNR needed it, the reconstruction. ``notes``: in words, what was lost before coding
+    began.
     """
 
     data: bytes
