@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA
+from hypothesis import given
+from hypothesis.extra.numpy import array_shapes, arrays
+from hypothesis.strategies import integers
 from safetensors.numpy import load_file as read_arrays
 
 from lic.coder import SCALES
@@ -28,7 +31,7 @@ from lic.model.codec import (
 from lic.model.complexity import kmac_per_pixel
 from lic.model.config import CONFIGS, Config
 from lic.model.context import Prediction
-from lic.model.layers import CACHED, Residual, depth_to_space, space_to_depth
+from lic.model.layers import CACHED, Matrix, Residual, depth_to_space, space_to_depth
 from lic.model.transforms import LappedShortcut, lapped_basis
 from lic.quality import MAX_CODE, code_of, step_of
 
@@ -75,6 +78,42 @@ def test_soft_rounding_makes_zeros_of_more_where_errors_count_less() -> None:
     torch.testing.assert_close(v[1], softly_rounded(y))
     half = [int((values < 0.5).sum()) for values in v]
     assert half == sorted(half) and len(set(half)) == 4 and half[-1] < 101
+
+
+def test_adapters_add_a_matrix_of_low_rank() -> None:
+    layer = Matrix(7, 5)
+    x, before = torch.randn(3, 7), layer.weight.detach().clone()
+    plain = layer(x)
+    layer.adapt(2)
+    assert layer.left is not None and layer.right is not None
+    torch.testing.assert_close(layer(x), plain)
+    torch.nn.init.normal_(layer.left)
+    added = layer(torch.eye(7)).T - layer.bias[:, None] - before
+    torch.testing.assert_close(added, layer.left.T @ layer.right, atol=1e-5, rtol=1e-5)
+    assert torch.linalg.matrix_rank(added.detach(), rtol=1e-4) == 2
+
+
+@given(
+    arrays(
+        np.int16, array_shapes(min_dims=2, max_dims=2).map(lambda s: (s[0], 2 * s[1])), elements=integers(-2048, 2047)
+    )
+)
+def test_twelve_bits_are_unpacked(values: np.ndarray) -> None:
+    packed = store.pack12(values)
+    assert packed.nbytes * 2 == values.size * 3
+    assert np.array_equal(store.unpack12(packed), values)
+
+
+def test_shortcut_of_a_weights_file(tmp_path: Path) -> None:
+    net = store.load_file(store.read_info(DATA / "models" / "tiny.safetensors")).net
+    before = net.shortcut.weight.clone()
+    path, again = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    store.write_model(path, net, {"provenance": {}})
+    loaded = store.load_file(store.read_info(path)).net
+    assert torch.equal(loaded.shortcut.weight, net.shortcut.weight)  # what is written is what is computed with
+    torch.testing.assert_close(net.shortcut.weight, before, atol=2.0**-13, rtol=0)
+    store.write_model(again, loaded, {"provenance": {}})
+    assert path.read_bytes() == again.read_bytes()
 
 
 def test_space_to_depth_is_inverted() -> None:

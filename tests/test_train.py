@@ -351,13 +351,14 @@ def test_context_model_alone_on_stored_latents(photos: Path, tmp_path: Path, mon
         StoredLatents([tmp_path / "bad.safetensors"], CPU)
 
 
-@pytest.mark.parametrize("part", ["tables", "vectors"])
+@pytest.mark.parametrize("part", ["tables", "vectors", "adapters"])
 def test_tuned_for_ms_ssim(part: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(DATA / "models" / "tiny.safetensors", tmp_path)
     parent, target = tmp_path / "tiny.safetensors", tmp_path / "tiny-ms-ssim.safetensors"
     arguments = [photos, "--state", tmp_path, "--minutes", 5, "--steps", 40, "--part", part, "--tune", "ms-ssim",
                  "--model", "tiny", "--batch", 2, "--crop", 128, "--late-batch", 2, "--late-crop", 128,
-                 "--init", parent, "--learning-rate", "4e-3", "--refine-part", 0, "--device", "cpu"]  # fmt: skip
+                 "--init", parent, "--learning-rate", "4e-3", "--refine-part", 0, "--device", "cpu",
+                 "--rank", 3]  # fmt: skip
     result = CliRunner().invoke(command, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     options: dict[str, Any] = {"calibration": [], "shared_from": parent, "data": "", "rate_range": None}
@@ -365,9 +366,14 @@ def test_tuned_for_ms_ssim(part: str, photos: Path, tmp_path: Path, monkeypatch:
     with safe_open(target, "np") as file:
         names = set(file.keys())
     vectors = {name for name in names if name.endswith((".bias", ".spatial.weight"))}
-    assert bool(vectors) == (part == "vectors")
-    assert (store.LIMIT in names) == (part == "vectors")
-    others = names - vectors - {store.LIMIT}
+    assert bool(vectors) == (part != "tables")
+    assert (store.LIMIT in names) == (part != "tables")
+    with safe_open(parent, "np") as file:
+        scales = {name for name in set(file.keys()) if name.startswith(("g_a.", "g_s.")) and name.endswith(store.SCALE)}
+    halves = {name.replace(".weight" + store.SCALE, half) for name in scales for half in (".left", ".right")}
+    adapters = halves | {name + store.SCALE for name in halves}
+    assert adapters & names == (adapters if part == "adapters" else set())
+    others = names - vectors - adapters - {store.LIMIT}
     assert all(".quality." in name or name.startswith(("log_", "units.", "centroids")) for name in others)
     monkeypatch.setenv("LIC_MODELS", str(tmp_path))
     rgb = np.asarray(Image.open(photos / "0.png").crop((0, 0, 200, 190)))

@@ -17,7 +17,7 @@ from lic.model.config import Config
 from lic.model.context import Prediction, Unit, make_context
 from lic.model.context.base import INDEX_BITS, LOG_SCALE_0, LOG_SCALE_STEP
 from lic.model.hyperprior import HyperAnalysis, HyperPrior, HyperSynthesis
-from lic.model.layers import lower_bound
+from lic.model.layers import Matrix, lower_bound
 from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
@@ -79,6 +79,13 @@ class CodecModel(nn.Module):
             yield
         finally:
             self.set_exact(before)
+
+    def adapt(self, rank: int) -> None:
+        """Give every matrix of g_a and g_s an adapter, :class:`Matrix`."""
+        for net in (self.g_a, self.g_s):
+            for layer in net.modules():
+                if isinstance(layer, Matrix):
+                    layer.adapt(rank)
 
     def grids(self) -> dict[str, Grid]:
         """Those of the entropy path, by name."""

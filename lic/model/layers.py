@@ -33,6 +33,33 @@ def depth_to_space(x: Tensor, r: int) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).reshape(b, h * r, w * r, c // (r * r))
 
 
+class Matrix(nn.Linear):
+    """A linear layer whose matrix (N, K) may have an *adapter* added: leftᵀ·right of low rank r (LoRA, Hu et al. 2022).
+
+    ``left`` is (r, N), zero at first, and ``right`` (r, K).
+    """
+
+    left: nn.Parameter | None
+    right: nn.Parameter | None
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_parameter("left", None)
+        self.register_parameter("right", None)
+
+    def adapt(self, rank: int) -> None:
+        """Give it an adapter, without effect as yet."""
+        like = self.weight.detach()
+        self.left = nn.Parameter(like.new_zeros(rank, self.out_features))
+        self.right = nn.Parameter(torch.randn_like(like[:1].expand(rank, -1)) * self.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.left is not None and self.right is not None:
+            weight = weight + self.left.T @ self.right
+        return F.linear(x, weight, self.bias)
+
+
 class Depthwise(nn.Module):
     """3x3 depthwise convolution with zero padding, weight (3, 3, C)."""
 
@@ -65,11 +92,11 @@ class Residual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(width, width)
+        self.inner = Matrix(width, width)
         self.spatial = Depthwise(width)
-        self.outer = nn.Linear(width, width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.reduce = nn.Linear(2 * width, width)
+        self.outer = Matrix(width, width)
+        self.expand = Matrix(width, 4 * width)
+        self.reduce = Matrix(2 * width, width)
         for layer in (self.outer, self.reduce):
             nn.init.normal_(layer.weight, std=0.1 * layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)

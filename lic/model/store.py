@@ -2,8 +2,8 @@
 
 Listing models never imports torch. A file holds, for the matrices of the exact entropy path, 8-bit integers with a
 power of two for each row, and its biases as 32-bit floats; for those of the other networks 8-bit rows with a float
-scale; 16-bit floats for whatever else the networks have, for the shortcut and the centroids, 32-bit floats for gains
-and priors, and the integer tables.
+scale; 16-bit floats for whatever else the networks have, for the centroids and the shortcut's first rows, 12-bit
+integers with a power of two for each of its other rows, 32-bit floats for gains and priors, and the integer tables.
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
 on: configuration, units of the activations, the arrays of h_s and of the context model, and the tables. The *synthesis
@@ -41,8 +41,11 @@ SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids")
 REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
 NETWORKS = ("g_a", "g_s", "h_a")
 HALF_PARTS = (*NETWORKS, *EXACT_PARTS, "shortcut", "centroids")
+SHORTCUT, PACKED = "shortcut.weight", "shortcut.packed"
+LARGE_ROWS = 16  # of the shortcut, whose latents span so many steps that 12 bits would show
 SMALLEST_ROW = 1e-3  # largest value of a row of 8-bit integers; smaller rows lose bits, which do not matter
 LIMIT = "g_s.limit"  # Synthesis.limit, left out where it is infinite
+ADAPTED = "g_a.last.left"  # an adapter's first half; if there is one, every matrix of g_a and g_s has one of that rank
 CENTROIDS = "centroids"  # left out where they are zeros
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
@@ -193,12 +196,16 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
 
     net = CodecModel(Config.from_json(info.config))
     net.g_s.limit = float(arrays[LIMIT][0]) if LIMIT in arrays else math.inf
+    if ADAPTED in arrays:
+        net.adapt(len(arrays[ADAPTED]))
     state = {CENTROIDS: torch.zeros_like(net.centroids)}
     for name, value in arrays.items():
-        if name.partition(".")[0] in ("tables", "units") or name.endswith((SCALE, EXPONENT)) or name == LIMIT:
+        if name.partition(".")[0] in ("tables", "units") or name.endswith((SCALE, EXPONENT)) or name in (LIMIT, PACKED):
             continue
         full = value.astype(np.float32)
-        if name + SCALE in arrays:
+        if name == SHORTCUT and PACKED in arrays:  # which weights from before there were packed rows have not
+            full = _shortcut(arrays)
+        elif name + SCALE in arrays:
             full = _rows(arrays, name)
         elif name + EXPONENT in arrays:
             full = _scaled(full, -arrays[name + EXPONENT].astype(np.int32))
@@ -265,7 +272,7 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             exponent = layer.exponent.cpu().numpy()
             arrays[name] = _scaled(value, exponent).astype(np.int8)
             arrays[name + EXPONENT] = exponent
-        elif part in NETWORKS and value.ndim == 2 and name.endswith(".weight"):
+        elif part in NETWORKS and value.ndim == 2 and name.endswith((".weight", ".left", ".right")):
             scale = _half(np.maximum(np.abs(value).max(axis=1), SMALLEST_ROW) / 127)
             if name + SCALE in theirs and np.array_equal(_rows(theirs, name), value):
                 scale = theirs[name + SCALE]  # which the largest value need not give to the last bit
@@ -273,6 +280,13 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             arrays[name + SCALE] = scale
         elif name in theirs and np.array_equal(theirs[name].astype(np.float32), value):
             arrays[name] = theirs[name]
+        elif name == SHORTCUT:
+            large, small = np.split(value, [LARGE_ROWS])
+            exponent = np.floor(np.log2(2047 / np.abs(small).max(axis=1).clip(SMALLEST_ROW))).astype(np.int8)
+            arrays[SHORTCUT] = _half(large)
+            arrays[PACKED] = pack12(np.rint(_scaled(small, exponent)).astype(np.int16))
+            arrays[PACKED + EXPONENT] = exponent
+            tensor.copy_(torch.from_numpy(_shortcut(arrays)))
         elif part in HALF_PARTS and name.removesuffix(".bias") not in layers:
             arrays[name] = _half(value)
             tensor.copy_(torch.from_numpy(arrays[name].astype(np.float32)))
@@ -334,6 +348,27 @@ def _half(value: np.ndarray) -> np.ndarray:
 def _rows(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     """The matrix (N, K) that is stored as 8-bit rows with scales."""
     return arrays[name].astype(np.float32) * arrays[name + SCALE].astype(np.float32)[:, None]
+
+
+def _shortcut(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The shortcut's matrix (M, K), of rows of 16-bit floats and packed ones."""
+    packed = _scaled(unpack12(arrays[PACKED]).astype(np.float32), -arrays[PACKED + EXPONENT].astype(np.int32))
+    return np.concatenate([arrays[SHORTCUT].astype(np.float32), packed])
+
+
+def pack12(values: np.ndarray) -> np.ndarray:
+    """Integers (N, 2·K) from -2048 to 2047 as bytes (N, 3·K), big-endian."""
+    even, odd = (values[:, i::2].astype(np.int32) & 0xFFF for i in (0, 1))
+    return (
+        np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=-1).reshape(len(values), -1).astype(np.uint8)
+    )
+
+
+def unpack12(packed: np.ndarray) -> np.ndarray:
+    """The integers that :func:`pack12` was given."""
+    first, middle, last = (packed[:, i::3].astype(np.int32) for i in range(3))
+    values = np.stack([first << 4 | middle >> 4, (middle & 15) << 8 | last], axis=-1).reshape(len(packed), -1)
+    return ((values ^ 0x800) - 0x800).astype(np.int16)
 
 
 def _scaled(weight: np.ndarray, exponent: np.ndarray) -> np.ndarray:

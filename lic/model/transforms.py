@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lic.exact import Fixed, Grid, QualityTable
 from lic.model.config import DOWNSAMPLING, Config
-from lic.model.layers import WIDE, Residual, depth_to_space, space_to_depth
+from lic.model.layers import WIDE, Matrix, Residual, depth_to_space, space_to_depth
 from lic.model.non_local import NonLocal
 
 OVERLAP = DOWNSAMPLING // 2  # pixels by which a block reaches over each of its sides
@@ -130,14 +130,14 @@ class Analysis(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         w4, w8, w16 = config.widths
-        self.down4 = nn.Linear(48, w4)
-        self.down8 = nn.Linear(4 * w4, w8)
-        self.down16 = nn.Linear(4 * w8, w16)
+        self.down4 = Matrix(48, w4)
+        self.down8 = Matrix(4 * w4, w8)
+        self.down16 = Matrix(4 * w8, w16)
         stages = zip(config.widths, config.depths, strict=True)
         self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
         self.non_local = NonLocal(w16, config.non_local_heads) if config.non_local_heads else None
         self.floating = Grid(WIDE)  # transforms are never exact
-        self.last = _zero(nn.Linear(w16, config.latent))
+        self.last = _zero(Matrix(w16, config.latent))
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         x = self.stage4(self.down4(space_to_depth(x, 4)), code, ANALYSIS_LIMIT)  # (B, H/4, W/4, w4)
@@ -154,16 +154,16 @@ class Synthesis(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         w4, w8, w16 = config.widths
-        self.first = nn.Linear(config.latent, w16)
+        self.first = Matrix(config.latent, w16)
         self.non_local = NonLocal(w16, config.non_local_heads) if config.non_local_heads else None
         self.floating = Grid(WIDE)  # transforms are never exact
-        self.up8 = nn.Linear(w16, 4 * w8)
-        self.up4 = nn.Linear(w8, 4 * w4)
-        self.linear8 = nn.Linear(192, w8)
-        self.linear4 = nn.Linear(48, w4)
+        self.up8 = Matrix(w16, 4 * w8)
+        self.up4 = Matrix(w8, 4 * w4)
+        self.linear8 = Matrix(192, w8)
+        self.linear4 = Matrix(48, w4)
         stages = zip(config.widths, config.depths, strict=True)
         self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
-        self.last = _zero(nn.Linear(w4, 48))
+        self.last = _zero(Matrix(w4, 48))
         self.limit = SYNTHESIS_LIMIT  # infinite in weights from before there was one
 
     def forward(self, y: Tensor, linear: Tensor, code: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Synthesis(nn.Module):
         return depth_to_space(self.last(x), 4)
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
+def _zero(layer: Matrix) -> Matrix:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -50,17 +50,20 @@ PARTS = {
     "gains": "the scaling factors of a finished model (log_gain, log_igain)",
     "tables": "these, centroids and the transforms' other tables by quality, the scales and offsets of their stages",
     "vectors": "these and the transforms' biases and depthwise kernels: all of them but their matrices",
+    "adapters": "these and additions of low rank to the matrices (--rank)",
 }
 WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
+VECTORS, ADAPTERS = (".bias", ".spatial.weight"), (".left", ".right")
 
 
 def is_trained(part: str, name: str) -> bool:
     """Whether the parameter of this name belongs to one of PARTS."""
     if part == "gains":
         return name.startswith(("log_gain.", "log_igain."))
-    if part in ("tables", "vectors"):
+    if part in ("tables", "vectors", "adapters"):
         if name.startswith(("g_a.", "g_s.")):
-            return ".quality." in name or (part == "vectors" and name.endswith((".bias", ".spatial.weight")))
+            more = {"tables": (), "vectors": VECTORS, "adapters": VECTORS + ADAPTERS}[part]
+            return ".quality." in name or name.endswith(more)
         return name.startswith(("log_gain.", "log_igain.", "centroids"))
     if part in ("transforms", "synthesis"):
         return name.startswith(("g_s.", "log_igain.", "centroids") + (("g_a.", "h_a.") if part == "transforms" else ()))
@@ -73,6 +76,7 @@ class Settings:
 
     model: str = "base"
     part: str = "all"  # one of PARTS
+    rank: int = 8  # of the adapters that the part adapters begins with; those of --init stay
     tune: Tune = "psnr"  # what distortion is: squared error, or 1 - MS-SSIM times MS_SSIM_WORTH
     schedule_minutes: float = 120.0
     steps: int | None = None
@@ -136,7 +140,10 @@ class Trainer:
         if settings.crop % HYPER_DOWNSAMPLING or settings.late_crop % HYPER_DOWNSAMPLING:
             raise LicError(f"the sides of crops must be multiples of {HYPER_DOWNSAMPLING}")
         torch.manual_seed(settings.seed)
-        self.model = CodecModel(config).to(device)
+        self.model = CodecModel(config)
+        if settings.part == "adapters":
+            self.model.adapt(settings.rank)
+        self.model.to(device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(is_trained(settings.part, name))
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -213,7 +220,7 @@ class Trainer:
         """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew.
 
         With the part context or nonlocal a context model begins anew if the weights are those of another one, and
-        non-local modules do if the weights have none.
+        non-local modules do if the weights have none, as do adapters with that part.
         """
         own = self.model.state_dict()
         if self.settings.part in ("context", "nonlocal"):
@@ -223,6 +230,8 @@ class Trainer:
                 weights = {k: v for k, v in weights.items() if not k.startswith("context.")}
                 fresh |= {k: v for k, v in own.items() if k.startswith("context.")}
             weights = fresh | weights
+        elif self.settings.part == "adapters":
+            weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
         self.model.load_state_dict(weights)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
@@ -442,6 +451,8 @@ def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
     """
     state = _read_state(state_path)
     model = CodecModel(Config.from_json(state["config"]))
+    if state["settings"]["part"] == "adapters":
+        model.adapt(state["settings"]["rank"])
     model.load_state_dict(state["average"])
     if state["grids"] is not None:
         model.set_grid_bits(state["grids"])
