@@ -35,14 +35,7 @@ class LappedShortcut(nn.Module):
     def analysis(self, x: Tensor) -> Tensor:
         """(B, H, W, 3) -> (B, H/16, W/16, M). The image is continued by mirroring."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._lapped(x) @ self.weight.T
-
-    def _lapped(self, x: Tensor) -> Tensor:
-        """What each latent's basis functions lie over, (B, H/16, W/16, 3072)."""
-        x = _mirror(_mirror(x, 1), 2)
-        blocks = space_to_depth(x, DOWNSAMPLING)  # (B, H/16 + 1, W/16 + 1, 768)
-        four = [blocks[:, :-1, :-1], blocks[:, :-1, 1:], blocks[:, 1:, :-1], blocks[:, 1:, 1:]]
-        return torch.cat(four, dim=-1)
+            return _lapped(x, DOWNSAMPLING) @ self.weight.T
 
     def synthesis(self, y: Tensor) -> Tensor:
         """(B, h, w, M) -> (B, 16·h, 16·w, 3): overlap-add; what reaches over the border is folded back."""
@@ -57,13 +50,16 @@ class LappedShortcut(nn.Module):
     def energy(self, worth: Tensor, block: int) -> Tensor:
         """Sum of worth·b² for each basis function b, averaged over ``block`` by ``block`` pixels: (B, h, w, M).
 
-        worth: of each sample, (B, 16·h, 16·w, 3).
+        worth: of the samples of each block, (B, 16·h/block, 16·w/block, 3); ``block`` is 1, 2, 4, 8 or 16.
         """
         n, size = DOWNSAMPLING, 2 * DOWNSAMPLING
         basis = self.weight.view(-1, 2, 2, n, n, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size)
-        squares = F.avg_pool2d(basis, block).square().repeat_interleave(block, 2).repeat_interleave(block, 3)
-        squares = squares.view(-1, 3, 2, n, 2, n).permute(0, 2, 4, 3, 5, 1).reshape(self.weight.shape)
-        return self._lapped(worth) @ squares.T
+        grain = min(block, OVERLAP)  # the finest that both blocks and functions, which begin between blocks, consist of
+        times, n = block // grain, DOWNSAMPLING // grain
+        squares = grain**2 * F.avg_pool2d(basis, block).square()
+        squares = squares.repeat_interleave(times, 2).repeat_interleave(times, 3)
+        squares = squares.view(-1, 3, 2, n, 2, n).permute(0, 2, 4, 3, 5, 1).flatten(1)
+        return _lapped(worth.repeat_interleave(times, 1).repeat_interleave(times, 2), n) @ squares.T
 
     @torch.no_grad()
     def set_basis(self, covariance: np.ndarray) -> np.ndarray:
@@ -76,6 +72,14 @@ class LappedShortcut(nn.Module):
         kernel = kernel.reshape(-1, 2, 16, 2, 16, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 3072)
         self.weight.copy_(torch.from_numpy(kernel))
         return values[order]
+
+
+def _lapped(x: Tensor, size: int) -> Tensor:
+    """Blocks of 2·size by 2·size, one every ``size``: (B, H, W, C) -> (B, H/size, W/size, 4·size²·C)."""
+    x = _mirror(_mirror(x, 1, size // 2), 2, size // 2)
+    blocks = space_to_depth(x, size)  # (B, H/size + 1, W/size + 1, size²·C)
+    four = [blocks[:, :-1, :-1], blocks[:, :-1, 1:], blocks[:, 1:, :-1], blocks[:, 1:, 1:]]
+    return torch.cat(four, dim=-1)
 
 
 def lapped_basis(size: int) -> np.ndarray:
@@ -94,9 +98,9 @@ def lapped_basis(size: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _mirror(x: Tensor, dim: int) -> Tensor:
-    first = x.narrow(dim, 0, OVERLAP).flip(dim)
-    last = x.narrow(dim, x.shape[dim] - OVERLAP, OVERLAP).flip(dim)
+def _mirror(x: Tensor, dim: int, by: int) -> Tensor:
+    first = x.narrow(dim, 0, by).flip(dim)
+    last = x.narrow(dim, x.shape[dim] - by, by).flip(dim)
     return torch.cat([first, x, last], dim=dim)
 
 
