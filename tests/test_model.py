@@ -53,6 +53,22 @@ def test_full_shortcut_reconstructs_perfectly_up_to_the_border(size: tuple[int, 
     torch.testing.assert_close(shortcut.synthesis(shortcut.analysis(x)), x, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("block", [1, 4, 8, 16])
+def test_energy_of_basis_functions_on_blocks(block: int) -> None:
+    shortcut = LappedShortcut(20)
+    torch.nn.init.normal_(shortcut.weight)
+    worth = torch.rand(1, 64 // block, 64 // block, 3)
+    energy = shortcut.energy(worth, block)
+    assert energy.shape == (1, 4, 4, 20)
+    pixels = worth[0].repeat_interleave(block, 0).repeat_interleave(block, 1)[8:40, 8:40].movedim(-1, 0)  # of (1, 1)
+    unit = torch.zeros(20, 4, 4, 20)
+    unit[:, 1, 1] = torch.eye(20)
+    functions = shortcut.synthesis(unit)[:, 8:40, 8:40].movedim(-1, 1)
+    means = torch.nn.functional.avg_pool2d(functions, block)
+    means = means.repeat_interleave(block, 2).repeat_interleave(block, 3)
+    torch.testing.assert_close(energy[0, 1, 1], (pixels * means.square()).sum(dim=(1, 2, 3)))
+
+
 def test_latents_of_a_linear_orthonormal_transform_need_no_correction() -> None:
     net = CodecModel(CONFIGS["tiny"])  # its networks add nothing yet
     random = np.random.default_rng(0).normal(size=(768, 768))

@@ -16,7 +16,7 @@ from lic.quality import Tune
 # one and for the other, 1220 to 1330.
 MS_SSIM_WORTH = 1280.0
 OF_CHANNELS, OF_NEIGHBOURS = 0.3, 0.5  # least share of their mean, of their maximum: see MsSsim.weight
-OF_ROUNDING, ROUNDING_POWER = 1.25, 0.7  # see MsSsim.rounding
+OF_ROUNDING = 1.25  # see MsSsim.rounding
 LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
 
 
@@ -84,8 +84,8 @@ class MsSsim:
         return MS_SSIM_WORTH * torch.maximum(total, least)
 
     def rounding(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
-        """A power of :meth:`weight`: found by measurement (docs/effort.md)."""
-        return OF_ROUNDING * self.weight(shortcut, seen) ** ROUNDING_POWER
+        """Found by measurement (docs/effort.md)."""
+        return OF_ROUNDING * self.weight(shortcut, seen)
 
 
 DISTORTIONS: dict[Tune, Distortion] = {"psnr": SquaredError(), "ms-ssim": MsSsim()}
