@@ -25,7 +25,7 @@ MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT = 0.72, -0.05  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
 CORRECTION = (0.7, 0.95)  # at quality 0 and 100, see CodecModel.corrected
-TRAINING_CORRECTION, PULL = (0.5, 0.7), 1.0  # see CodecModel.forward
+IN_TRAINING, PULL = 0.73, 1.0  # see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.62, 0.06  # see softly_rounded
 THRESHOLD_EXPONENT, MAX_THRESHOLD = -0.7, 0.95  # with a worth of its errors
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
@@ -267,6 +267,7 @@ class CodecModel(nn.Module):
         frozen_latents: bool = False,
         optimised_rounding: bool = False,
         worth: Tensor | None = None,
+        correction: tuple[float, float] = CORRECTION,
         quantiser: str = "ste",
     ) -> Forward:
         """Training pass: context and synthesis get latents from the ``quantiser`` (:func:`quantised`).
@@ -276,15 +277,17 @@ class CodecModel(nn.Module):
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
         Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. That
-        is wrong where g_s answers too strongly, and then the analysis drifts: hence a smaller share of the way, and y
-        is drawn to what it is corrected to, by PULL bits times the logarithm of about the squared distance.
+        is wrong where g_s answers too strongly, and then the analysis drifts: hence only IN_TRAINING of the share
+        ``correction`` of the way, and y is drawn to what it is corrected to, by PULL bits times the logarithm of about
+        the squared distance.
 
         With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are
         rounded as the encoder does it (:meth:`rounded`, with ``worth``), likewise straight through.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        corrected = self.corrected(x, y, code, worth, TRAINING_CORRECTION)
+        low, high = correction
+        corrected = self.corrected(x, y, code, worth, (IN_TRAINING * low, IN_TRAINING * high))
         drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
         y_hat = quantised(y, quantiser)

@@ -164,8 +164,9 @@ def _to_round(
     model: LoadedModel, rgbs: Sequence[np.ndarray], grid: Geometry, code: Tensor, tune: Tune
 ) -> tuple[Tensor, Tensor]:
     """Latents of pictures of one padded grid, not rounded, and their weight: (B, h, w, M) each, as in `Latents`."""
-    worth = windows.rounding_worth(model.net, rgbs, grid, code, DISTORTIONS[tune])
-    y = windows.analysis(model.net, rgbs, grid, code, worth)
+    distortion = DISTORTIONS[tune]
+    worth = windows.rounding_worth(model.net, rgbs, grid, code, distortion)
+    y = windows.analysis(model.net, rgbs, grid, code, worth, distortion.correction)
     return y, worth * model.net.rounding_weight(code)[:, None, None]
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lic.images import MS_SSIM_C1, MS_SSIM_C2, MS_SSIM_SIGMA, MS_SSIM_WINDOW, ms_ssim_exponents
+from lic.model.codec import CORRECTION
 from lic.model.transforms import LappedShortcut
 from lic.quality import Tune
 
@@ -23,11 +24,13 @@ LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
 class Distortion(Protocol):
     """``context_weight``: of the rate's gradient through the context, for it acts over several passes.
 
-    ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first.
+    ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first. ``correction``: the
+    share of the way that latents are corrected (:meth:`CodecModel.corrected`).
     """
 
     context_weight: float
     damping: float
+    correction: tuple[float, float]
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         """Of pixels (H, W, C) against those of the source, both in 0..255: a scalar, summed over the pixels."""
@@ -45,7 +48,7 @@ class Distortion(Protocol):
 class SquaredError:
     """Summed over the pixels, averaged over their channels."""
 
-    context_weight, damping = 2.0, 1.0
+    context_weight, damping, correction = 2.0, 1.0, CORRECTION
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         return (shown - seen).square().mean(-1).sum()
@@ -59,7 +62,7 @@ class SquaredError:
 class MsSsim:
     """1 - MS-SSIM (Wang, Simoncelli and Bovik 2003) of a window, times its pixels and ``MS_SSIM_WORTH``."""
 
-    context_weight, damping = 0.75, 2.0
+    context_weight, damping, correction = 0.75, 2.0, (0.2, 1.0)
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         pixels = seen.shape[0] * seen.shape[1]

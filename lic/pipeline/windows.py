@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lic.model.codec import CodecModel
+from lic.model.codec import CORRECTION, CodecModel
 from lic.model.config import DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.non_local import BLOCK
@@ -87,19 +87,24 @@ def _windows(
 
 
 def analysis(
-    net: CodecModel, pictures: Sequence[np.ndarray], grid: Geometry, code: Tensor, worth: Tensor | None = None
+    net: CodecModel,
+    pictures: Sequence[np.ndarray],
+    grid: Geometry,
+    code: Tensor,
+    worth: Tensor | None = None,
+    share: tuple[float, float] = CORRECTION,
 ) -> Tensor:
     """g_a over windows, corrected by what g_s makes of it (:meth:`CodecModel.corrected`): (B, h, w, M), not rounded.
 
     ``pictures``: B, each uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels,
     and no larger than ``grid``, to which their edges are continued; ``code``: their quality codes, (B,); ``worth``:
-    that of their :func:`rounding_worth`.
+    that of their :func:`rounding_worth`; ``share``: of the correction.
     """
     y = _latents(net, pictures, grid, code, lambda x, _: net.analysis(x, code))
     whole = Area(0, 0, grid.height, grid.width)
 
     def corrected(x: Tensor, window: Area) -> Tensor:
-        return net.corrected(x, window.of(y, whole), code, None if worth is None else window.of(worth, whole))
+        return net.corrected(x, window.of(y, whole), code, None if worth is None else window.of(worth, whole), share)
 
     return _latents(net, pictures, grid, code, corrected)
 

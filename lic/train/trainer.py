@@ -341,10 +341,10 @@ class Trainer:
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, distortion, 1)."""
         seen = (x + 0.5) * 255
-        worth = None
+        worth, measure = None, DISTORTIONS[self.settings.tune]
         if refine:
             with torch.no_grad():
-                worth = DISTORTIONS[self.settings.tune].rounding(self.model.shortcut, seen)
+                worth = measure.rounding(self.model.shortcut, seen)
         with self.autocast():
             out = self.model(
                 x,
@@ -352,6 +352,7 @@ class Trainer:
                 frozen_latents=frozen,
                 optimised_rounding=refine,
                 worth=worth,
+                correction=measure.correction,
                 quantiser=self.settings.quantiser,
             )
         shown = (out.x_hat + 0.5) * 255
