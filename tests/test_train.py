@@ -373,6 +373,12 @@ def test_tuned_for_ms_ssim(part: str, photos: Path, tmp_path: Path, monkeypatch:
     halves = {name.replace(".weight" + store.SCALE, half) for name in scales for half in (".left", ".right")}
     adapters = halves | {name + store.SCALE for name in halves}
     assert adapters & names == (adapters if part == "adapters" else set())
+    if part == "adapters":
+        weights = store.load_file(store.read_info(target)).net.state_dict()
+        Trainer(replace(SETTINGS, part=part, rank=3), CPU).start_from(weights)
+        for other in (replace(SETTINGS, part=part, rank=2), replace(SETTINGS, part="vectors")):
+            with pytest.raises(LicError, match="--rank 3"):
+                Trainer(other, CPU).start_from(weights)
     others = names - vectors - adapters - {store.LIMIT}
     assert all(".quality." in name or name.startswith(("log_", "units.", "centroids")) for name in others)
     monkeypatch.setenv("LIC_MODELS", str(tmp_path))

@@ -76,7 +76,7 @@ class Settings:
 
     model: str = "base"
     part: str = "all"  # one of PARTS
-    rank: int = 8  # of the adapters that the part adapters begins with; those of --init stay
+    rank: int = 8  # of adapters
     tune: Tune = "psnr"  # what distortion is: squared error, or 1 - MS-SSIM times MS_SSIM_WORTH
     schedule_minutes: float = 120.0
     steps: int | None = None
@@ -220,9 +220,14 @@ class Trainer:
         """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew.
 
         With the part context or nonlocal a context model begins anew if the weights are those of another one, and
-        non-local modules do if the weights have none, as do adapters with that part.
+        non-local modules do if the weights have none, as do adapters with that part. Raises LicError if the weights
+        have adapters that the run has not.
         """
         own = self.model.state_dict()
+        ranks = {len(v) for k, v in weights.items() if k.endswith(ADAPTERS)}
+        if not ranks <= {len(v) for k, v in own.items() if k.endswith(ADAPTERS)}:
+            rank = max(ranks)
+            raise LicError(f"weights with adapters of rank {rank}: --part adapters --rank {rank} trains them further")
         if self.settings.part in ("context", "nonlocal"):
             shapes = [{k: v.shape for k, v in d.items() if k.startswith("context.")} for d in (own, weights)]
             fresh = {k: v for k, v in own.items() if ".non_local." in k}
