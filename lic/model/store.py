@@ -359,16 +359,15 @@ def _shortcut(arrays: dict[str, np.ndarray]) -> np.ndarray:
 def pack12(values: np.ndarray) -> np.ndarray:
     """Integers (N, 2·K) from -2048 to 2047 as bytes (N, 3·K), big-endian."""
     even, odd = (values[:, i::2].astype(np.int32) & 0xFFF for i in (0, 1))
-    return (
-        np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=-1).reshape(len(values), -1).astype(np.uint8)
-    )
+    packed = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=-1)
+    return packed.astype(np.uint8).reshape(len(values), 3 * even.shape[1])
 
 
 def unpack12(packed: np.ndarray) -> np.ndarray:
     """The integers that :func:`pack12` was given."""
     first, middle, last = (packed[:, i::3].astype(np.int32) for i in range(3))
-    values = np.stack([first << 4 | middle >> 4, (middle & 15) << 8 | last], axis=-1).reshape(len(packed), -1)
-    return ((values ^ 0x800) - 0x800).astype(np.int16)
+    values = np.stack([first << 4 | middle >> 4, (middle & 15) << 8 | last], axis=-1)
+    return ((values ^ 0x800) - 0x800).astype(np.int16).reshape(len(packed), 2 * first.shape[1])
 
 
 def _scaled(weight: np.ndarray, exponent: np.ndarray) -> np.ndarray:
