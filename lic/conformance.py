@@ -20,9 +20,19 @@ from lic import exact
 from lic.coder import Tables
 from lic.container import Container
 from lic.model import store
-from lic.model.context import Geometry
+from lic.model.context import Geometry, Prediction
 from lic.pipeline.codec import SymbolChecks, latent_boxes
-from lic.pipeline.tile import Latents, Reader, SymbolCoder, Writer, code_tiles
+from lic.pipeline.tile import (
+    Latents,
+    Part,
+    Reader,
+    SymbolCoder,
+    Writer,
+    code_step,
+    code_tiles,
+    places,
+    predicted_integers,
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,23 @@ class _Recorder:
         self.inner, self.rows = inner, hashlib.sha256()
 
     def code(
+        self,
+        stream: int,
+        rows: np.ndarray,
+        tables: Tables,
+        values: np.ndarray | None,
+        *,
+        last: bool,
+        repeat: bool = False,
+    ) -> np.ndarray:
+        self.rows.update(rows.astype("<i4").tobytes())
+        return self.inner.code(stream, rows, tables, values, last=last, repeat=repeat)
+
+    def code_chains(
         self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
     ) -> np.ndarray:
         self.rows.update(rows.astype("<i4").tobytes())
-        return self.inner.code(stream, rows, tables, values, last=last)
+        return self.inner.code_chains(stream, rows, tables, values, last=last)
 
 
 @dataclass(frozen=True)
@@ -111,8 +134,6 @@ def measure(
 
 def measure_at_once(model: store.LoadedModel, file: File) -> Digest:
     """As measure, with the rows of all steps from one pass over the whole of each tile."""
-    from lic.model.context.base import FRACTIONS
-
     plain = measure(model, file)
     net, schedule = model.net, model.net.context.schedule
     rows = hashlib.sha256()
@@ -124,11 +145,10 @@ def measure_at_once(model: store.LoadedModel, file: File) -> Digest:
         bucket = int(net.prior.bucket(code)) * net.config.hyper_latent
         z_rows = torch.arange(net.config.hyper_latent).expand(given.z.shape) + bucket
         recorder.rows.update(z_rows.numpy().astype("<i4").tobytes())
-        for step in range(schedule.steps(geometry)):
-            eighths = torch.round(schedule.take(whole.eighths, step)).int() + FRACTIONS // 2
-            index = torch.round(schedule.take(whole.scale_index, step)).int()
-            step_rows = index * FRACTIONS + eighths.remainder(FRACTIONS)
-            recorder.rows.update(step_rows.cpu().numpy().astype("<i4").tobytes())
+        for step, place in enumerate(places(schedule, geometry)):
+            predicted = predicted_integers(Prediction(*(schedule.take(t, step) for t in whole)))
+            part = Part(schedule.take(given.y, step).to(model.device), None)
+            code_step(model, place, predicted, [recorder], part)
         rows.update(recorder.rows.hexdigest().encode())
     return replace(plain, rows=rows.hexdigest())
 

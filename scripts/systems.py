@@ -87,6 +87,9 @@ def bits(job: Job) -> dict[str, Any]:
     loaded = [base if info.name == job.base else store.load_file(info) for info in job.infos]
     sharing = [model for model in loaded if model.info.synthesis_id == base.info.synthesis_id]
     others = [model for model in loaded if model.info.synthesis_id != base.info.synthesis_id]
+    own_transforms = {model.info.name: _against(job, base, model) for model in tqdm(others, desc="BD-rate")}
+    alone = store.without_dependence(base)
+    sharing = [alone if model is base else store.without_dependence(model) for model in sharing]
     return {
         "pictures": len(job.pictures),
         "pixels": sum(height * width for height, width, _ in (picture.load().shape for picture in job.pictures)),
@@ -94,8 +97,8 @@ def bits(job: Job) -> dict[str, Any]:
         "reference": job.reference,
         "qualities": [quality_of(code) for code in job.codes],
         "quality": quality_of(job.code),
-        "models": _at_equal_integers(job, base, sharing),
-        "own_transforms": {model.info.name: _against(job, base, model) for model in tqdm(others, desc="BD-rate")},
+        "models": _at_equal_integers(job, alone, sharing),
+        "own_transforms": own_transforms,
     }
 
 
@@ -159,7 +162,7 @@ def groupedmixer(job: Job) -> dict[str, Any] | None:
     """Decoding with the cache and without."""
     found = {}
     for info in tqdm(job.of_system("groupedmixer"), desc="groupedmixer"):
-        net = store.load_file(info).net
+        net = store.without_dependence(store.load_file(info)).net
         latents = systems.integers(net, job.first, job.code)
         found[info.name] = context_speed.compare(net, latents.z, latents.y, job.code, job.repeat)._asdict()
     return {"size": _size(job.first), "models": found} if found else None
@@ -170,7 +173,7 @@ def econtextformer(job: Job) -> dict[str, Any] | None:
     found = {}
     crop = job.first[: job.crop, : job.crop]
     for info in tqdm(job.of_system("econtextformer"), desc="econtextformer"):
-        net = store.load_file(info).net
+        net = store.without_dependence(store.load_file(info)).net
         entry: dict[str, Any] = {}
         for name, rgb, repeat in (("crop", crop, job.repeat), ("whole", job.first, 0)):
             compared = econtextformer_ops.compare(_savings(net, rgb, job.code), job.raster_steps, repeat)
@@ -187,7 +190,7 @@ def nlaic(job: Job) -> dict[str, Any] | None:
     ((geometry, _, _),) = latent_boxes(*size, 0)
     found = {}
     for info in tqdm(job.of_system("nlaic"), desc="nlaic"):
-        model = store.load_file(info)
+        model = store.without_dependence(store.load_file(info))
         latents = systems.integers(model.net, job.first, job.code)
         channels = model.net.config.latent
         measured = nlaic_steps.measure(model, latents.z, latents.y, job.code, repeat=1)
@@ -215,7 +218,7 @@ def msp(job: Job) -> dict[str, Any] | None:
     ((geometry, _, _),) = latent_boxes(width, height, tile=0)
     found, raster = {}, {}
     for info in tqdm([i for i in job.infos if i.config["system"] in RASTER], desc="msp"):
-        model = store.load_file(info)
+        model = store.without_dependence(store.load_file(info))
         groups = len(parts_of(model.net.context))
         steps = geometry.height * geometry.width * groups
         raster[info.name] = {"steps": steps, "step_seconds": raster_step(model, job)}

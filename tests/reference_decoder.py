@@ -214,8 +214,8 @@ class Bypass:
 class Stream:
     """Reads the values of a stream (4.2, 4.5) run by run, as their rows become known."""
 
-    def __init__(self, data: bytes, tables: Tables) -> None:
-        self.data, self.tables = data, tables
+    def __init__(self, data: bytes) -> None:
+        self.data = data
         self.skipped = self.coded = 0  # values read so far
         self.deviations: dict[int, int] = {}  # by how many skipped values are before it
         if not data:
@@ -229,20 +229,20 @@ class Stream:
                 x = self.bypass.number(1)
                 self.deviations[at] = -(x // 2 + 1) if x % 2 else x // 2 + 1
 
-    def read(self, rows: list[int]) -> list[int]:
+    def read(self, tables: Tables, rows: list[int]) -> list[int]:
         """The next values, one for each of ``rows``."""
-        values = [self.value(row) for row in rows]
+        values = [self.value(tables, row) for row in rows]
         require(all(abs(value) <= 1 << 20 for value in values), "a value is out of range")
         return values
 
-    def value(self, row: int) -> int:
-        mode, offset, k = self.tables.mode[row], self.tables.offset[row], self.tables.raw_bits[row]
+    def value(self, tables: Tables, row: int) -> int:
+        mode, offset, k = tables.mode[row], tables.offset[row], tables.raw_bits[row]
         if mode is not None:
             self.skipped += 1
             return offset + mode + self.deviations.get(self.skipped - 1, 0)
         require(bool(self.data), "a stream is missing")
         self.coded += 1
-        cdf = self.tables.cdf[row]
+        cdf = tables.cdf[row]
         s, escape = self.decoder.symbol(cdf), len(cdf) - 2
         value = offset + s
         if s == escape:
@@ -265,8 +265,8 @@ class Stream:
 
 def decode_stream(data: bytes, tables: Tables, rows: list[int]) -> list[int]:
     """The values of a stream whose rows are all known, one for each of ``rows``."""
-    stream = Stream(data, tables)
-    values = stream.read(rows)
+    stream = Stream(data)
+    values = stream.read(tables, rows)
     stream.end()
     return values
 
@@ -349,6 +349,8 @@ def attend(q: Activation, k: Activation, v: Activation, bias: Ints) -> Activatio
 
 # Weights (5.2)
 
+SYNTHESIS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets")
+
 
 class Weights:
     """The arrays of a weights file, and the operations of 5.1 that name one."""
@@ -365,7 +367,7 @@ class Weights:
         settings.pop("name", None)
         settled = json.dumps(settings, sort_keys=True).encode()
         self.entropy_id = self._digest(settled, ("h_s", "context", "units", "tables"))[:4]
-        self.synthesis_id = self._digest(b"", ("shortcut", "g_s", "log_gain", "log_igain", "centroids"))[:2]
+        self.synthesis_id = self._digest(b"", SYNTHESIS)[:2]
         self.y, self.z = (
             Tables(*(self.arrays[f"tables.{part}.{name}"] for name in ("cdf", "size", "offset", "raw_bits")))
             for part in "yz"
@@ -486,15 +488,15 @@ class Weights:
         return self.sum(wide, x, self.put(wide, t.a * (m.a + 512), -t.bits - m.bits))
 
 
-# What all systems share (5.3 to 5.6)
+# What all systems share (5.3 to 5.6, 5.12)
 
 
-def hyper_latents(data: bytes, weights: Weights, code: int, rows: int, columns: int) -> Ints:
+def hyper_latents(stream: Stream, weights: Weights, code: int, rows: int, columns: int) -> Ints:
     """ẑ (row, column, channel) of a tile (5.4)."""
     channels = weights.config["hyper_latent"]
     bucket = code * weights.config["hyper_buckets"] // 50001
     table_rows = list(range(bucket * channels, (bucket + 1) * channels)) * (rows * columns)
-    z = np.array(decode_stream(data, weights.z, table_rows), np.int64).reshape(rows, columns, channels)
+    z = np.array(stream.read(weights.z, table_rows), np.int64).reshape(rows, columns, channels)
     require(bool((np.abs(z) <= 63).all()), "a hyper-latent is out of range")
     return z
 
@@ -522,24 +524,60 @@ def features(y: Ints, log2: Ints) -> Activation:
     return Activation(np.concatenate([p, g], axis=-1), 7, 1023)
 
 
-def rows_and_means(answer: Activation, log2: Ints, index: Ints) -> tuple[Ints, Ints]:
-    """For each latent its row of `tables.y` and the m that is added to the value from the stream (5.5, 5.6)."""
+def scales_and_means(answer: Activation, log2: Ints, index: Ints) -> tuple[Ints, Ints, Ints]:
+    """For each latent i, j and m (5.5, 5.6)."""
     mean, spread = np.split(answer.a, 2, axis=-1)
     a, n = power(log2)
     e = clamp(scale(mean * a, n - 7), 1 << 20)
     i = np.clip(scale(spread * 133144 + index, -24), 0, 63)
     m = (e + 4) // 8
-    return 8 * i + e + 4 - 8 * m, m
+    return i, e + 4 - 8 * m, m
+
+
+LENGTH = 512  # of a chain
+NEXT = ((0, 5, 1, 6, 2, 4, 3, 7), (2, 7, 3, 4, 0, 6, 1, 5))
+
+
+def state_after(n: int, state: int, k: int) -> int:
+    """The state of latent n + 1 of a kind, where latent n has a state and the symbol k (5.12)."""
+    return NEXT[k % 2][state] if (n + 1) % LENGTH else 0
+
+
+def read_dependent(first: Stream, stream: Stream, tables: Tables, i: Ints, j: Ints) -> Ints:
+    """ŷ - m of the latents of a step, (N,) (5.12). first: stream 0; stream: that of the step."""
+    count = np.bincount(i, minlength=64)
+    t = next(t for t in range(8, 18) if count[t:17].sum() <= len(i) // 6)
+    large, medium, small = (np.flatnonzero(kind) for kind in (i >= 17, (i >= t) & (i < 17), i < t))
+    k, q = (np.zeros(len(i), np.int64) for _ in range(2))
+
+    state = 0
+    for n, at in enumerate(medium):
+        q[at] = state % 2
+        (k[at],) = first.read(tables, [int(136 + 16 * (i[at] - 8) + 2 * j[at] + q[at])])
+        state = state_after(n, state, int(k[at]))
+
+    c = 4 * (i[large] - 17) + j[large] // 2
+    parity = stream.read(tables, (280 + c).tolist())
+    require(set(parity) <= {0, 1}, "a parity is out of range")
+    state = 0
+    for n, at in enumerate(large):
+        q[at] = state % 2
+        state = state_after(n, state, parity[n])
+    odd = np.array(parity, np.int64)
+    k[large] = 2 * np.array(stream.read(tables, (468 + 4 * c + 2 * q[large] + odd).tolist()), np.int64) + odd
+
+    k[small] = stream.read(tables, (8 * i[small] + j[small]).tolist())
+    return 2 * k - np.where(k < 0, -q, np.where(k > 0, q, 0))
 
 
 class Tile:
-    """A tile whose hyper-latents are known. y: (row, column, channel), as far as it has been read.
+    """A tile whose hyper-latents are known. y: (row, column, channel), as far as it has been read. first: stream 0.
 
     A *place* below stands for latents: arrays of rows, columns and channels, which broadcast to one shape, (..., C).
     """
 
-    def __init__(self, weights: Weights, code: int, z: Ints) -> None:
-        self.weights, self.code, self.psi = weights, code, hyper_synthesis(z, weights, code)
+    def __init__(self, weights: Weights, code: int, z: Ints, first: Stream) -> None:
+        self.weights, self.code, self.psi, self.first = weights, code, hyper_synthesis(z, weights, code), first
         self.log2, self.index = (interpolate(weights.ints(f"units.{name}"), code) for name in ("log2", "index"))
         self.y = np.zeros((4 * z.shape[0], 4 * z.shape[1], weights.config["latent"]), np.int64)
 
@@ -551,8 +589,13 @@ class Tile:
 
     def read(self, stream: Stream, place: Place, answer: Activation) -> None:
         """Read the latents of a place. answer: (..., 2C), first all means, then all scales."""
-        rows, m = rows_and_means(answer, self.log2[place[2]], self.index[place[2]])
-        self.y[place] = np.array(stream.read(rows.ravel().tolist()), np.int64).reshape(rows.shape) + m
+        i, j, m = scales_and_means(answer, self.log2[place[2]], self.index[place[2]])
+        tables = self.weights.y
+        if "offsets" in self.weights.arrays:
+            values = read_dependent(self.first, stream, tables, i.ravel(), j.ravel())
+        else:
+            values = np.array(stream.read(tables, (8 * i + j).ravel().tolist()), np.int64)
+        self.y[place] = values.reshape(m.shape) + m
 
     def features(self, place: Place) -> Activation:
         return features(self.y[place], self.log2[place[2]])
@@ -866,10 +909,10 @@ SYSTEMS: dict[str, type[GroupedMixer | EContextformer | Hyperprior | Msp | Nlaic
 
 def decode_tile(data: list[bytes], width: int, height: int, weights: Weights, code: int) -> Symbols:
     """data: the streams of the tile."""
-    z = hyper_latents(data[0], weights, code, -(-height // 64), -(-width // 64))
-    tile = Tile(weights, code, z)
-    streams = [Stream(part, weights.y) for part in data[1:]]
-    SYSTEMS[weights.config["system"]](tile).decode(streams)
+    first, *others = streams = [Stream(part) for part in data]
+    z = hyper_latents(first, weights, code, -(-height // 64), -(-width // 64))
+    tile = Tile(weights, code, z, first)
+    SYSTEMS[weights.config["system"]](tile).decode(others)
     for stream in streams:
         stream.end()
     return z.astype(np.int32).transpose(2, 0, 1), tile.y.astype(np.int32).transpose(2, 0, 1)

@@ -15,19 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import reference_decoder as reference
+import torch
 from conftest import DATA
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_models import MODELS, TINY, file_of, write_small_model
+from small_models import MODELS, TINY, file_of, latents, write_small_model
 
 import lic
 from lic import conformance
-from lic.container import pack, parse
-from lic.model.store import LoadedModel, load
-from lic.pipeline.tile import Latents
+from lic.coder import Tables
+from lic.container import Container, Header, pack, parse
+from lic.model.store import LoadedModel, load, load_file, read_info, write_model
+from lic.pipeline.codec import SymbolChecks, latent_boxes
+from lic.pipeline.tile import Latents, Writer, code_tiles
 from lic.quality import MAX_CODE
 
 BASE = Path(__file__).parent.parent / "weights" / "base.safetensors"
+DEPENDENT = DATA / "models" / "tiny-dependent.safetensors"
 GOLDEN = sorted((DATA / "golden").glob("*.lic"))
 
 
@@ -178,7 +182,84 @@ def test_same_symbols_with_non_local_attention(tmp_path: Path) -> None:
     assert_same(model, *file_of(model, width=1100, height=60, code=35_000, tile=0, seed=6, wild=97))
 
 
+def dependent_file(
+    model: LoadedModel, width: int, height: int, code: int, tile: int, seed: int, writer: type[Writer] = Writer
+) -> tuple[bytes, list[Latents]]:
+    """A file of what dependent quantisation makes of random latents, and the symbols of each tile."""
+    written, streams, checks = [], [], SymbolChecks()
+    for i, (geometry, *_) in enumerate(latent_boxes(width, height, tile)):
+        z, y = latents(model.net.config, 1, (geometry.height, geometry.width), seed + i)
+        coder = writer()
+        coded = code_tiles(model, geometry, [code], [coder], Latents(z, y, weight=torch.ones_like(y)))
+        written.append(coded.latents)
+        checks.add(coded.latents)
+        streams.append(tuple(coder.streams))
+    header = Header(
+        width=width,
+        height=height,
+        quality=code,
+        model=model.info.name,
+        entropy_id=model.info.entropy_id,
+        synthesis_id=model.info.synthesis_id,
+        tile=tile,
+        streams=len(streams[0]),
+        symbols_crc=checks.crc,
+    )
+    return pack(Container(header, tuple(streams))), written
+
+
 @pytest.mark.parametrize("name", ["tiny", *MODELS])
+def test_same_symbols_with_dependent_quantisation(tmp_path: Path, name: str) -> None:
+    """In a picture that gives most systems steps with several chains, of medium and of large latents, and in tiles."""
+    (tmp_path / TINY.name).write_bytes(TINY.read_bytes())
+    net = load_file(model_of(name).info).net
+    net.dependent = model_of("tiny-dependent").net.dependent
+    net.unit_tables = net.make_unit_tables()
+    path = tmp_path / "dependent.safetensors"
+    write_model(path, net, {"provenance": {}}, shared_from=read_info(tmp_path / TINY.name))
+    model = load_file(read_info(path))
+    assert_same(model, *dependent_file(model, width=330, height=250, code=10_000, tile=0, seed=7))
+    assert_same(model, *dependent_file(model, width=100, height=60, code=45_000, tile=64, seed=8))
+
+
+def test_damage_to_dependent_quantisation_is_refused(files: dict[str, Path]) -> None:
+    container = parse(files["dependent-photo-q50.lic"].read_bytes())
+    (streams,) = container.tiles
+    for i, stream in enumerate(streams):
+        for damaged in (b"", stream[:-1], bytes([stream[0] ^ 64]) + stream[1:], stream + bytes(2)):
+            tile = (*streams[:i], damaged, *streams[i + 1 :])
+            with pytest.raises(reference.DamagedError):
+                reference.decode_symbols(pack(replace(container, tiles=(tile,))), DEPENDENT)
+
+
+class WrongParity(Writer):
+    """Writes a first parity of the tiny model that is neither 0 nor 1."""
+
+    def code(
+        self,
+        stream: int,
+        rows: np.ndarray,
+        tables: Tables,
+        values: np.ndarray | None,
+        *,
+        last: bool,
+        repeat: bool = False,
+    ) -> np.ndarray:
+        assert values is not None
+        if stream == 1 and not last:
+            values = np.concatenate([values[:1] + 2, values[1:]])
+        return super().code(stream, rows, tables, values, last=last, repeat=repeat)
+
+
+def test_other_parities_are_refused() -> None:
+    data, _ = dependent_file(model_of("tiny-dependent"), 64, 64, code=40_000, tile=0, seed=1, writer=WrongParity)
+    with pytest.raises(reference.DamagedError, match="parity"):
+        reference.decode_symbols(data, DEPENDENT)
+    with pytest.raises(lic.CorruptError):
+        lic.decode(data)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-dependent", *MODELS])
 def test_wrong_number_of_streams_is_refused(name: str) -> None:
     model = model_of(name)
     container = parse(file_of(model, 64, 64, 30_000, 0, seed=1)[0])

@@ -60,7 +60,10 @@ def installed(base: str, names: Sequence[str] | None = None) -> list[store.Model
 
 @torch.no_grad()
 def integers(net: CodecModel, rgb: Pixels, quality_code: int) -> Latents:
-    """z and y of a picture, uint8 (H, W, 3), as one tile, rounded for rate in one pass as in training."""
+    """z and y of a picture, uint8 (H, W, 3), as one tile, rounded for rate in one pass as in training.
+
+    Of a network with scalar quantisation, :func:`store.without_dependence`: only such integers are open to all models.
+    """
     height, width, _ = rgb.shape
     ((geometry, _, _),) = latent_boxes(width, height, tile=0)
     code = torch.tensor([float(quality_code)], device=net.sigma.device)

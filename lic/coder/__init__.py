@@ -5,7 +5,7 @@
 >>> values = decode(data, rows, tables)
 """
 
-from lic.coder.stream import VALUE_LIMIT, Decoder, Encoder, backend_info, decode, encode, ideal_bits
+from lic.coder.stream import VALUE_LIMIT, Decoder, Encoder, backend_info, code_lengths, decode, encode, ideal_bits
 from lic.coder.tables import SCALES, Tables, gaussian_tables
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Encoder",
     "Tables",
     "backend_info",
+    "code_lengths",
     "decode",
     "encode",
     "gaussian_tables",

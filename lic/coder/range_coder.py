@@ -83,15 +83,17 @@ class RangeDecoder:
         """Bits that the encoder would have written, its last two included, had it stopped here."""
         return self._used
 
-    def read(self, rows: Iterable[int], cdfs: Sequence[Sequence[int]]) -> list[int]:
+    def read(self, rows: Iterable[int], cdfs: Sequence[Sequence[int]], symbols: list[int] | None = None) -> list[int]:
         """The next symbols, one per row; ``cdfs[row]`` holds lower ends and, last, the upper end.
+
+        They are appended to ``symbols``, which ``rows`` may look at to say the next row.
 
         Raises:
             CorruptError: the code value lies outside the row, or the data has ended.
         """
         low, high, distance = self._low, self._high, self._distance
         data, position, word, filled, used = self._data, self._next, self._word, self._filled, self._used
-        symbols = []
+        symbols = [] if symbols is None else symbols
         try:
             for row in rows:
                 cdf = cdfs[row]

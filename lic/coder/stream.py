@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,12 +54,9 @@ def decode(data: bytes, rows: Ints, tables: Tables, *, backend: str = "auto") ->
         CorruptError: the data is no stream for these rows.
         ValueError, LicError: as in :func:`encode`.
     """
-    decoder = Decoder(data)
-    if _use_torchac(backend):
-        values = decoder._pull_all_by_torchac(rows, tables)
-    else:
-        values = decoder.pull(rows, tables)
-        decoder.finish()
+    decoder = Decoder(data, repeat=True, backend=backend)
+    values = decoder.pull(rows, tables)
+    decoder.finish()
     return values
 
 
@@ -68,6 +66,17 @@ def ideal_bits(values: Ints, rows: Ints, tables: Tables) -> float:
     encoder.push(values, rows, tables)
     _, lengths = encoder._bypass_codes()
     return encoder._coded_cost / COST_UNIT + float(lengths.sum())
+
+
+def code_lengths(values: Ints, rows: Ints, tables: Tables) -> npt.NDArray[np.float32]:
+    """Bits of each of (N,) values with their (N,) rows: the symbol, an escape number, raw bits.
+
+    Of a skipped row those of its symbol: a deviation costs about as much.
+    """
+    symbol, beyond, escape, _ = _symbols(values, rows, tables)
+    bits = (tables.cost[rows, symbol] / COST_UNIT).astype(np.float32) + tables.raw_bits[rows]
+    bits[escape] += bypass.exp_golomb(beyond, _ESCAPE_ORDER)[1]
+    return bits
 
 
 class Encoder:
@@ -108,19 +117,13 @@ class Encoder:
             return
 
         k = tables.raw_bits[rows].astype(np.int64)
-        shifted = values + ((1 << k) >> 1)
-        symbol = (shifted >> k) - tables.offset[rows]
-        last = tables.size[rows] - 1
-        escape = (symbol < 0) | (symbol >= last)
-        beyond = np.where(symbol < 0, -1 - symbol, symbol - last)[escape]
+        symbol, beyond, escape, shifted = _symbols(values, rows, tables)
         code, length = np.zeros((2, len(rows), 2), dtype=np.int64)
-        signed = 2 * beyond + (symbol[escape] < 0)
-        code[escape, 0], length[escape, 0] = bypass.exp_golomb(signed, _ESCAPE_ORDER)
+        code[escape, 0], length[escape, 0] = bypass.exp_golomb(beyond, _ESCAPE_ORDER)
         code[:, 1], length[:, 1] = shifted & ((1 << k) - 1), k
         used = length > 0
         self._codes.append((code[used], length[used]))
 
-        symbol[escape] = last[escape]
         self._bounds.append(np.stack([tables.cdf[rows, symbol], tables.cdf[rows, symbol + 1]], axis=1))
         self._symbol_cost += int(tables.cost[rows, symbol].sum())
 
@@ -160,10 +163,12 @@ class Encoder:
 class Decoder:
     """Reads one stream in steps; the rows of a step may depend on the values of the steps before.
 
-    Runs in Python throughout: torchac must know all rows at once. Every method raises CorruptError on damage.
+    torchac must know all rows at once: so it runs in Python, or, with ``repeat``, torchac (where it works) reads the
+    stream from its beginning for every step, which is much faster for a few large steps. Every method raises
+    CorruptError on damage.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, repeat: bool = False, backend: str = "auto") -> None:
         data = bytes(data)
         self._size = len(data)
         self._data = data
@@ -175,37 +180,62 @@ class Decoder:
         self._flag = self._range.read([0], [_FLAG_ROW])[0] if data else 0
         if self._flag:
             self._deviating = self._read_deviations()
+        self._repeated = _Repeated(data) if repeat and _use_torchac(backend) else None
 
     def pull(self, rows: Ints, tables: Tables) -> IntArray:
         """The next (N,) int32 values, given their (N,) rows. Raises ValueError for rows that do not exist."""
         rows = _checked_rows(rows, tables)
         coded = self._coded_rows(rows, tables)
-        symbols = self._range.read(coded.tolist(), tables.lists) if len(coded) else []
-        return self._assemble(np.array(symbols, dtype=np.int64), coded, rows, tables)
+        symbols: Ints = np.zeros(0, dtype=np.int64)
+        if self._repeated is not None and not self._repeated.fits(coded, tables):
+            for its_rows, its_tables in self._repeated.parts:  # from here on in Python, which has to catch up
+                self._range.read(its_rows.tolist(), its_tables.lists)
+            self._repeated = None
+        if len(coded) and self._repeated is not None:
+            symbols = self._repeated.read(coded, tables)
+        elif len(coded):
+            symbols = np.array(self._range.read(coded.tolist(), tables.lists), dtype=np.int64)
+        return self._assemble(symbols, coded, rows, tables)
+
+    def pull_chains(self, rows: Ints, tables: Tables, next_state: Sequence[Sequence[int]], length: int) -> IntArray:
+        """The next (N,) values in chains of ``length``, whose rows depend on the values before.
+
+        A chain begins in state 0. A value in an odd state has the row behind the one of ``rows``, none of them skipped,
+        and is followed by the state ``next_state[state][value & 1]``. In Python: not for decoders that ``repeat``.
+        """
+        assert self._repeated is None
+        rows = self._coded_rows(_checked_rows(rows, tables), tables)
+        offset, escape = tables.offset.tolist(), (tables.size - 1).tolist()
+        symbols: list[int] = []
+        values: list[int] = []
+
+        def chosen() -> Iterator[int]:
+            state = 0
+            for i, row in enumerate(rows.tolist()):
+                if i % length == 0:
+                    state = 0
+                row += state & 1
+                yield row
+                value = symbols[-1]
+                if value == escape[row]:
+                    beyond = self._bypass.exp_golomb(_ESCAPE_ORDER)
+                    value = -1 - (beyond >> 1) if beyond & 1 else value + (beyond >> 1)
+                value += offset[row]
+                values.append(value)
+                state = next_state[state][value & 1]
+
+        if len(rows):
+            self._range.read(chosen(), tables.lists, symbols)
+        if max(map(abs, values), default=0) > VALUE_LIMIT:
+            raise CorruptError("damaged data: a value out of range")
+        return np.array(values, dtype=np.int32)
 
     def finish(self) -> None:
         """Raises CorruptError unless the values pulled so far are exactly the whole stream."""
-        self._check_length(self._range.bits_used if self._data else 0)
-
-    def _pull_all_by_torchac(self, rows: Ints, tables: Tables) -> IntArray:
-        """All values. torchac does not tell how many bits it has used; the code length does, to 2 bits."""
-        rows = _checked_rows(rows, tables)
-        coded = self._coded_rows(rows, tables)
-        width = int(tables.size[coded].max(initial=2)) + 2
-        if 2 * width * len(coded) > _MAX_DECODE_BYTES or not len(coded):
-            values = self.pull(rows, tables)
-            self.finish()
-            return values
-        table = np.full((len(tables) + 1, width), END, dtype=np.uint16)
-        table[1:] = tables.cdf[:, :width]
-        table[0, :2] = _FLAG_ROW[:2]
-        symbols = torchac_backend.decode(self._data, table, np.concatenate([[0], coded + 1]))[1:]
-        if np.any(symbols >= tables.size[coded]):
-            raise CorruptError("damaged data: a symbol outside the coder's alphabet")
-        values = self._assemble(symbols, coded, rows, tables)
-        cost = int(tables.cost[coded, symbols].sum()) + _FLAG_COST[self._flag]
-        self._check_length((cost - (cost >> 17)) // COST_UNIT)
-        return values
+        if self._repeated is not None and self._data:
+            self._check_length(_least_bits(self._repeated.cost + _FLAG_COST[self._flag]))
+        else:
+            self._check_length(self._range.bits_used if self._data else 0)
 
     def _coded_rows(self, rows: Ints, tables: Tables) -> Ints:
         """The rows that are not skipped: none in an empty stream."""
@@ -265,6 +295,44 @@ class Decoder:
             raise CorruptError("damaged data: a coded stream has the wrong length")
 
 
+class _Repeated:
+    """Reads a stream with torchac, from its beginning each time that more of its rows are known.
+
+    ``parts``: the rows that it has been asked for, and their tables.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.cost = 0  # of the symbols so far, but for the flag
+        self.parts: list[tuple[Ints, Tables]] = []
+        self._data = data
+        self._cdfs = np.array([_FLAG_ROW[:2]], dtype=np.uint16)
+
+    def fits(self, rows: Ints, tables: Tables) -> bool:
+        """Whether torchac, which wants one whole row per symbol, would not need too much memory for these as well."""
+        width = int(tables.size[rows].max(initial=2)) + 2
+        size = (len(self._cdfs) + len(rows)) * max(width, self._cdfs.shape[1])
+        return size * self._cdfs.itemsize <= _MAX_DECODE_BYTES
+
+    def read(self, rows: Ints, tables: Tables) -> Ints:
+        """Symbols of the next rows, at least one and none of them skipped. Raises CorruptError."""
+        before, width = len(self._cdfs), int(tables.size[rows].max()) + 2
+        cdfs = np.full((before + len(rows), max(width, self._cdfs.shape[1])), END, dtype=np.uint16)
+        cdfs[:before, : self._cdfs.shape[1]] = self._cdfs
+        cdfs[before:, :width] = np.take(tables.cdf[:, :width], rows, axis=0)
+        symbols = torchac_backend.decode(self._data, cdfs)[before:]
+        self._cdfs = cdfs
+        self.parts.append((rows, tables))
+        if np.any(symbols >= tables.size[rows]):
+            raise CorruptError("damaged data: a symbol outside the coder's alphabet")
+        self.cost += int(tables.cost[rows, symbols].sum())
+        return symbols
+
+
+def _least_bits(cost: int) -> int:
+    """A lower bound on the bits of symbols of this code length: torchac does not tell how many it has used."""
+    return (cost - (cost >> 17)) // COST_UNIT
+
+
 def backend_info() -> str:
     """What "auto" codes with and, if that is not torchac, why: one line. May compile torchac."""
     if _wanted("auto") == "python":
@@ -288,6 +356,18 @@ def _use_torchac(backend: str) -> bool:
     if reason and wanted == "torchac":
         raise LicError(f"torchac does not work here: {reason}")
     return reason is None
+
+
+def _symbols(values: Ints, rows: Ints, tables: Tables) -> tuple[Ints, Ints, npt.NDArray[np.bool_], Ints]:
+    """Of (N,) values: their symbols, the escape numbers of those outside, which these are, and v + 2**(k-1)."""
+    k = tables.raw_bits[rows].astype(np.int64)
+    shifted = values + ((1 << k) >> 1)
+    symbol = (shifted >> k) - tables.offset[rows]
+    last = tables.size[rows] - 1
+    below, escape = symbol < 0, (symbol < 0) | (symbol >= last)
+    beyond = np.where(below, -1 - symbol, symbol - last)[escape]
+    symbol[escape] = last[escape]
+    return symbol, 2 * beyond + below[escape], escape, shifted
 
 
 def _checked_rows(rows: Ints, tables: Tables) -> npt.NDArray[np.intp]:

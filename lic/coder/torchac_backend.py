@@ -51,14 +51,14 @@ def encode(bounds: npt.NDArray[np.uint16]) -> bytes:
     return bytes(torchac.encode_int16_normalized_cdf(torch.from_numpy(table.view(np.int16)), symbols))
 
 
-def decode(data: bytes, table: npt.NDArray[np.uint16], rows: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-    """(N,) symbols, given the (N,) row of ``table`` (R, width) for each; N * width < 2**31.
+def decode(data: bytes, cdfs: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
+    """(N,) symbols, given the row (N, width) of tables for each, contiguous; N * width < 2**31.
 
     Symbols in the padding of a row come back from damaged data; the caller checks.
     """
     torchac, torch = _modules()
-    gathered = np.take(table, rows, axis=0).view(np.int16)  # contiguous: torchac ignores strides
-    symbols = torchac.decode_int16_normalized_cdf(torch.from_numpy(gathered), data)
+    assert cdfs.flags.c_contiguous  # torchac ignores strides
+    symbols = torchac.decode_int16_normalized_cdf(torch.from_numpy(cdfs.view(np.int16)), data)
     return np.asarray(symbols.numpy(), dtype=np.int64)
 
 

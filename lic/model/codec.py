@@ -16,13 +16,14 @@ from lic.exact.tables import EXP2_INDEX_BITS
 from lic.model.config import Config
 from lic.model.context import Prediction, Unit, make_context
 from lic.model.context.base import INDEX_BITS, LOG_SCALE_0, LOG_SCALE_STEP
+from lic.model.dependent import SPACING, SPACING_LOG2, Dependent
 from lic.model.hyperprior import HyperAnalysis, HyperPrior, HyperSynthesis
 from lic.model.layers import Matrix, lower_bound
 from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
-ROUNDING_WEIGHT, ROUNDING_EXPONENT = 0.72, -0.05  # see CodecModel.rounding_weight
+ROUNDING_WEIGHT, ROUNDING_EXPONENT, DEPENDENT_WEIGHT = 0.72, -0.05, 1.15  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
 CORRECTION = (0.7, 0.95)  # at quality 0 and 100, see CodecModel.corrected
 IN_TRAINING, PULL = 0.73, 1.0  # see CodecModel.forward
@@ -60,6 +61,7 @@ class CodecModel(nn.Module):
         self.centroids = nn.Parameter(torch.zeros(len(SCALES), CENTROIDS))  # see expected_offset
         self.register_buffer("sigma", torch.ones(config.latent))  # of the shortcut's latents
         self.unit_tables: tuple[Tensor, Tensor] | None = None  # those of a weights file; made anew in training
+        self.dependent: Dependent | None = None  # how its latents are quantised, if weights say so; not in training
 
     @property
     def exact(self) -> bool:
@@ -149,6 +151,21 @@ class CodecModel(nn.Module):
             grid.observing = False
             grid.fit()
 
+    @property
+    def spacing(self) -> float:
+        """Of the integers that are coded, in quantiser steps."""
+        return 1.0 if self.dependent is None else SPACING
+
+    @property
+    def reach(self) -> float:
+        """Integers each way that are as near to one value of a latent as to the next."""
+        return 0.5 if self.dependent is None else 1.0
+
+    def quantise_alone(self) -> None:
+        """Scalar quantisation from here on, each latent by itself: as in training."""
+        self.dependent = None
+        self.unit_tables = self.make_unit_tables()
+
     def gain(self, code: Tensor) -> Tensor:
         """Quantiser steps per pixel unit, (B, M), for codes (B,): λ's theoretical step times a learned factor."""
         return torch.exp(self.log_gain(code)) * (255 / _step(code)).unsqueeze(-1)
@@ -158,9 +175,9 @@ class CodecModel(nn.Module):
         return torch.exp(self.log_igain(code)) / self.gain(code)
 
     def unit(self, code: Tensor) -> Unit:
-        """Quantiser steps per standard deviation of each channel, (B, M); a constant to the entropy path."""
+        """Integers per standard deviation of each channel, (B, M); a constant to the entropy path."""
         if not self.exact:
-            return Unit.real((self.gain(code) * self.sigma).detach())
+            return Unit.real((self.gain(code) * self.sigma).detach() / self.spacing)
         log2, index = self.unit_tables or self.make_unit_tables()
         spacing = self.log_gain.spacing
         return Unit.integer(interpolate(log2, code, spacing), interpolate(index, code, spacing))
@@ -174,8 +191,10 @@ class CodecModel(nn.Module):
         code = torch.arange(len(self.log_gain.table), device=self.sigma.device) * self.log_gain.spacing
         log = self.log_gain.table.double() - torch.log(_step(code).double() / 255).unsqueeze(-1)
         log = log + torch.log(self.sigma.double())
-        index = (log - LOG_SCALE_0) * (2**INDEX_BITS / LOG_SCALE_STEP)
-        return torch.round(log * (2**EXP2_INDEX_BITS / math.log(2))), torch.round(index)
+        log2 = log * (2**EXP2_INDEX_BITS / math.log(2))
+        if self.dependent is not None:
+            log2, log = log2 - SPACING_LOG2, log - math.log(SPACING)
+        return torch.round(log2), torch.round((log - LOG_SCALE_0) * (2**INDEX_BITS / LOG_SCALE_STEP))
 
     def analysis(self, x: Tensor, code: Tensor) -> Tensor:
         """Latents in quantiser steps, not rounded."""
@@ -223,12 +242,15 @@ class CodecModel(nn.Module):
         return lambda_of(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
 
     def rounding_weight(self, code: Tensor) -> Tensor:
-        """The same for :func:`round_for_rate`, (B, M): of the plain gain, times 0.72·λ^-0.05, 1.05 to 0.72.
+        """The same for quantisation, (B, M): of the plain gain, times 0.72·λ^-0.05, 1.05 to 0.72.
 
-        A choice for fewer bits also makes later symbols cheaper, which the rounding does not see. igain is left out:
-        it undoes what rounding does to the values, which is not what an error costs.
+        A choice for fewer bits also makes later symbols cheaper, which is not seen there. With dependent quantisation
+        1.15 times as much, measured. igain is left out: it undoes what rounding does to the values, which is not what
+        an error costs.
         """
         times = ROUNDING_WEIGHT * lambda_of(code) ** (1 + ROUNDING_EXPONENT) / 3
+        if self.dependent is not None:
+            times = DEPENDENT_WEIGHT * times
         return times.unsqueeze(-1) * (255 / self.gain(code)).square()
 
     def predict(self, z: Tensor, y_hat: Tensor, code: Tensor) -> Prediction:
@@ -251,7 +273,7 @@ class CodecModel(nn.Module):
 
     @torch.no_grad()
     def rounded(self, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None = None) -> Tensor:
-        """y rounded for rate, with the context of plainly rounded latents.
+        """y rounded for rate, each latent by itself, with the context of plainly rounded latents.
 
         worth: how many times its usual weight the error of each latent has, (B, h, w, M).
         """
@@ -338,10 +360,10 @@ def _gradient_only(x: Tensor) -> Tensor:
     return x - x.detach()
 
 
-def gaussian_bits(y: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """-log2 of the Gaussian's mass on the unit interval around y."""
+def gaussian_bits(y: Tensor, mean: Tensor, scale: Tensor, reach: float = 0.5) -> Tensor:
+    """-log2 of the Gaussian's mass on the interval of ``reach`` each way around y."""
     distance = (y - mean).abs()
-    mass = _cdf((0.5 - distance) / scale) - _cdf((-0.5 - distance) / scale)
+    mass = _cdf((reach - distance) / scale) - _cdf((-reach - distance) / scale)
     return -torch.log2(lower_bound(mass, 1e-9))
 
 

@@ -7,7 +7,7 @@ integers with a power of two for each of its other rows, 32-bit floats for gains
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
 on: configuration, units of the activations, the arrays of h_s and of the context model, and the tables. The *synthesis
-identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut, the gains and the centroids.
+identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut, the gains, the centroids and the offsets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from lic.coder import Tables
 from lic.container import Header
 from lic.errors import LicError, UnsupportedError
 from lic.model.config import Config
+from lic.model.dependent import Dependent
 from lic.quality import Tune
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 EXACT_PARTS = ("h_s", "context")
 ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables")
-SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids")
+SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets")
 REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
 NETWORKS = ("g_a", "g_s", "h_a")
 HALF_PARTS = (*NETWORKS, *EXACT_PARTS, "shortcut", "centroids")
@@ -47,6 +48,7 @@ SMALLEST_ROW = 1e-3  # largest value of a row of 8-bit integers; smaller rows lo
 LIMIT = "g_s.limit"  # Synthesis.limit, left out where it is infinite
 ADAPTED = "g_a.last.left"  # an adapter's first half; if there is one, every matrix of g_a and g_s has one of that rank
 CENTROIDS = "centroids"  # left out where they are zeros
+OFFSETS = "offsets"  # of dependent quantisation; weights without are of scalar quantisation
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -75,7 +77,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network on its device and its integer tables: rows of z are (bucket, channel), of y (scale, fraction)."""
+    """A network on its device and its integer tables: rows of z are (bucket, channel), of y (scale, fraction) or those
+    of :class:`lic.model.dependent.Dependent`."""
 
     info: ModelInfo
     net: CodecModel
@@ -181,6 +184,8 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
         if identities(info.config, info.grids, arrays) != (info.entropy_id, info.synthesis_id):
             raise ValueError("its contents do not match its identity")
         net = _network(info, arrays, device)
+        if OFFSETS in arrays:
+            net.dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32))
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedError(f"{info.path}: damaged or incompatible weights: {reason}") from error
@@ -200,7 +205,11 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
         net.adapt(len(arrays[ADAPTED]))
     state = {CENTROIDS: torch.zeros_like(net.centroids)}
     for name, value in arrays.items():
-        if name.partition(".")[0] in ("tables", "units") or name.endswith((SCALE, EXPONENT)) or name in (LIMIT, PACKED):
+        if (
+            name.partition(".")[0] in ("tables", "units")
+            or name.endswith((SCALE, EXPONENT))
+            or name in (LIMIT, PACKED, OFFSETS)
+        ):
             continue
         full = value.astype(np.float32)
         if name == SHORTCUT and PACKED in arrays:  # which weights from before there were packed rows have not
@@ -228,6 +237,16 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
     exact.known_answer(torch.device(device))
     net.unit_tables = log2.to(device), index.to(device)
     return net.to(device)
+
+
+def without_dependence(model: LoadedModel) -> LoadedModel:
+    """The same model with scalar quantisation, in which others can code its integers. Changes its network."""
+    from lic.coder import gaussian_tables
+
+    if model.net.dependent is None:
+        return model
+    model.net.quantise_alone()
+    return replace(model, y_tables=gaussian_tables())
 
 
 def identities(config: dict[str, Any], grids: dict[str, int], arrays: dict[str, np.ndarray]) -> tuple[bytes, bytes]:
@@ -292,6 +311,8 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             tensor.copy_(torch.from_numpy(arrays[name].astype(np.float32)))
         else:
             arrays[name] = value
+    if net.dependent is not None:
+        arrays[OFFSETS] = _half(net.dependent.offsets)
     if not arrays[CENTROIDS].any():
         del arrays[CENTROIDS]
     if math.isfinite(net.g_s.limit):

@@ -9,6 +9,7 @@ from lic.model.hyperprior import Z_LIMIT
 
 
 def make_tables(net: CodecModel) -> tuple[Tables, Tables]:
-    """(tables of y: rows scale·8 + fraction, tables of z: rows bucket·C + channel)."""
+    """(tables of y: those of :class:`Dependent` or rows scale·8 + fraction, tables of z: rows bucket·C + channel)."""
+    y_tables = gaussian_tables(SCALES, FRACTIONS) if net.dependent is None else net.dependent.tables
     pmfs = list(net.prior.pmf().flatten(0, 1).cpu().numpy())
-    return gaussian_tables(SCALES, FRACTIONS), Tables.from_pmfs(pmfs, [-Z_LIMIT] * len(pmfs))
+    return y_tables, Tables.from_pmfs(pmfs, [-Z_LIMIT] * len(pmfs))

@@ -138,7 +138,7 @@ def encode_rgb(
             progress=lambda done: report(len(boxes) * (1 + done)),
         )
     (better,), _ = _coded(
-        model, [rgb], [quality_code], tile, boxes, *found, None, lambda done: report(units - len(boxes) + done)
+        model, [rgb], [quality_code], tile, boxes, *found, lambda done: report(units - len(boxes) + done)
     )
     best = min(encoded, better, key=lambda e: _cost(model, e, rgb, tune))
     header = replace(best.container.header, effort=effort)
@@ -204,13 +204,13 @@ def _coded(
     boxes: Sequence[Box],
     y: Tensor,
     z: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     report: Callable[[int], None],
-) -> tuple[list[Encoded], tuple[Tensor, Tensor]]:
-    """Code latents y (B, h, w, M) of pictures of one padded grid: integers with the integers z, or with a weight.
+) -> tuple[list[Encoded], tuple[Tensor, Tensor, Tensor]]:
+    """Code latents y (B, h, w, M) of pictures of one padded grid, z made of them if it is None.
 
-    ``weight`` is that of :class:`Latents`. Also returns the integers y and z that were coded. ``report`` is told how
-    many tiles are done.
+    ``weight`` is that of :class:`Latents`. Also returns the integers y and z that were coded, and the dequantised
+    latents. ``report`` is told how many tiles are done.
     """
     net, batch = model.net, len(rgbs)
     code = _code_tensor(model, quality_codes)
@@ -224,7 +224,7 @@ def _coded(
         at, at_z = (slice(None), rows, columns), (slice(None), quarter(rows), quarter(columns))
         known_z = torch.round(net.hyper_analysis(y[at], code)) if z is None else z[at_z]
         writers = [Writer() for _ in rgbs]
-        known = Latents(known_z, y[at], None if weight is None else weight[at])
+        known = Latents(known_z, y[at], weight[at])
         coded = code_tiles(model, replace(geometry, batch=batch), quality_codes, writers, known)
         for b, estimated_bits in enumerate(coded.estimated_bits.tolist()):
             checks[b].add(coded.latents, b)
@@ -254,7 +254,7 @@ def _coded(
     ]
     hashes = [check.hexdigest() for check in checks]
     encoded = [Encoded(*parts) for parts in zip(containers, synthesised, bits, hashes, strict=True)]
-    return encoded, (integers, hyper)
+    return encoded, (integers, hyper, dequantised)
 
 
 @torch.no_grad()

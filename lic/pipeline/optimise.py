@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lic.model.codec import CodecModel, expected_offset, gaussian_bits, lambda_of, round_for_rate
-from lic.model.context import Geometry
+from lic.model.codec import CodecModel, expected_offset, gaussian_bits, lambda_of
+from lic.model.context import Geometry, Prediction
 from lic.model.hyperprior import Z_LIMIT
 from lic.pipeline import windows
 from lic.pipeline.distortion import Distortion
+from lic.pipeline.tile import quantised
 
 STEP = 0.7  # share of the way towards the target that the first pass goes; falls linearly to nothing
 WORSE = 1.02  # a pass with so many times the least cost found is taken back, and steps become smaller
@@ -58,10 +59,9 @@ Box = tuple[Geometry, slice, slice]  # of a tile: see pipeline.codec.latent_boxe
 
 @dataclass
 class _Rate:
-    """Of one tile: mean and scale (1, h, w, M), bits in all and under each hyper-latent position (1, h/4, w/4)."""
+    """Of one tile: its predictions (1, h, w, M), bits in all and under each hyper-latent position (1, h/4, w/4)."""
 
-    mean: Tensor
-    scale: Tensor
+    p: Prediction
     bits: float
     bits_map: Tensor
 
@@ -73,8 +73,7 @@ class _Linearised:
     target: Tensor
     dequantised: Tensor
     gradient: Tensor
-    mean: Tensor
-    scale: Tensor
+    p: Prediction
     z_next: Tensor
 
 
@@ -84,15 +83,16 @@ def optimise(
     code: Tensor,
     boxes: Sequence[Box],
     y: Tensor,
-    start: tuple[Tensor, Tensor],
+    start: tuple[Tensor, Tensor, Tensor],
     effort: Effort,
     distortion: Distortion,
     *,
     is_over: Callable[[float], bool],
     progress: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:
-    """Integers y (1, h, w, M) and z (1, h/4, w/4, C) of the least bits + λ·error found.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents y (1, h, w, M) to quantise, integers z (1, h/4, w/4, C), and the weight of each latent's error.
 
+    Quantised with that weight, as in :func:`lic.pipeline.tile.code_tiles`, they have the least bits + λ·error found.
     The bits are those of the network in floating point, whose gradients take half the time.
 
     Args:
@@ -101,7 +101,7 @@ def optimise(
         code: quality code, (1,).
         boxes: of the tiles, which are coded independently.
         y: latents as the analysis gives them.
-        start: integers y and z that one pass gives.
+        start: integers y and z that one pass gives, and the dequantised latents.
         effort: how long to search.
         distortion: what error is.
         is_over: is told the seconds that a pass took, and says whether there is no time for another one.
@@ -109,41 +109,49 @@ def optimise(
     """
     weight = windows.weight(net, pixels, Geometry(1, *y.shape[1:3]), code, distortion)
     lagrangian = float(lambda_of(code)[0])
-    target, (y_hat, z) = y, start
-    best_cost, best, damping = math.inf, start, distortion.damping
+    target, (y_hat, z, dequantised) = y, start
+    dequantised = dequantised.clone()
+    best_cost, best, damping = math.inf, (target, z), distortion.damping
     searches = [_HyperSearch(net, code) for _ in boxes]
     for number in range(effort.passes + 1):
         began = time.monotonic()
         last = number == effort.passes
         with_context = effort.with_context and not last
-        offset, slope = torch.empty_like(y), torch.zeros_like(y)
-        mean, scale, z_next = torch.empty_like(y), torch.empty_like(y), z.clone()
+        slope = torch.zeros_like(y)
+        eighths, scale_index, z_next = torch.empty_like(y), torch.empty_like(y), z.clone()
         bits = 0.0
         for (_, rows, columns), search in zip(boxes, searches, strict=True):
             at, at_z = (slice(None), rows, columns), (slice(None), quarter(rows), quarter(columns))
             rate, to_y, to_z = _rate(net, y_hat[at], z[at_z], code, with_context)
             bits += rate.bits
-            offset[at] = expected_offset(y_hat[at], rate.mean, rate.scale, net.centroids)
+            if net.dependent is None:
+                offset = expected_offset(y_hat[at], rate.p.mean, rate.p.scale, net.centroids)
+                dequantised[at] = y_hat[at] + offset
             if to_y is not None:
-                slope[at] = distortion.context_weight * to_y
+                slope[at] = distortion.context_weight / net.spacing * to_y
             if to_z is not None and number % 2 == 0:
                 z_next[at_z], rate = search.step(y_hat[at], z[at_z], to_z, rate)
-            mean[at], scale[at] = rate.mean, rate.scale
-        error, error_slope = windows.error(net, y_hat + offset, code, pixels, distortion, with_slope=not last)
+            eighths[at], scale_index[at] = rate.p
+        error, error_slope = windows.error(net, dequantised, code, pixels, distortion, with_slope=not last)
         cost = bits + lagrangian * error
         if cost < best_cost:
-            best_cost, best = cost, (y_hat, z)
+            best_cost, best = cost, (target, z)
         progress(number + 1)
         if error_slope is None or is_over(time.monotonic() - began):
             break
         if cost <= WORSE * best_cost:
-            here = _Linearised(target, y_hat + offset, lagrangian * error_slope + slope, mean, scale, z_next)
+            gradient = lagrangian * error_slope + slope
+            here = _Linearised(target, dequantised, gradient, Prediction(eighths, scale_index), z_next)
         else:
             damping *= 2
         where = here.dequantised - here.gradient / (2 * damping * weight)
         target = here.target + STEP * (1 - number / (effort.passes + 1)) * (where - here.target)
-        y_hat, z = round_for_rate(target, here.mean, here.scale, weight, net.centroids), here.z_next
-    return best
+        y_hat, dequantised, z = torch.empty_like(y), torch.empty_like(y), here.z_next
+        for geometry, rows, columns in boxes:
+            at = slice(None), rows, columns
+            p = Prediction(*(t[at] for t in here.p))
+            y_hat[at], dequantised[at] = quantised(net, geometry, p, target[at], weight[at])
+    return *best, weight
 
 
 class _HyperSearch:
@@ -183,13 +191,13 @@ def _rate(
     y_in, z_in = (t.clone().requires_grad_(with_gradient) for t in (y_hat, z))
     with torch.set_grad_enabled(with_gradient):
         p = net.predict(z_in, y_in, code)
-        y_bits = gaussian_bits(y_hat, p.mean, p.scale).sum(dim=-1)
+        y_bits = gaussian_bits(y_hat, p.mean, p.scale, net.reach).sum(dim=-1)
         z_bits = net.prior.bits(z_in, code).sum(dim=-1)
         total = y_bits.sum() + z_bits.sum()
         # Where there is no context, y_in has no gradient.
         gradients = torch.autograd.grad(total, (y_in, z_in), allow_unused=True) if with_gradient else (None, None)
     bits_map = F.avg_pool2d(y_bits.detach().unsqueeze(1), 4, divisor_override=1).squeeze(1) + z_bits.detach()
-    return _Rate(p.mean.detach(), p.scale.detach(), float(total.detach()), bits_map), *gradients
+    return _Rate(Prediction(*(t.detach() for t in p)), float(total.detach()), bits_map), *gradients
 
 
 def quarter(span: slice) -> slice:

@@ -5,9 +5,10 @@ They differ only in the object that turns (symbols, table rows) into bytes or ba
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from lic import coder
 from lic.coder import SCALES, Tables
 from lic.errors import CorruptError
 from lic.exact import exact_arithmetic
-from lic.model.codec import expected_offset, gaussian_bits, round_for_rate
-from lic.model.context import Geometry
-from lic.model.context.base import FRACTIONS, LOG_SCALE_0, LOG_SCALE_STEP, MEAN_LIMIT
+from lic.model import dependent
+from lic.model.codec import CodecModel, expected_offset, gaussian_bits, round_for_rate
+from lic.model.context import Geometry, Prediction
+from lic.model.context.base import FRACTIONS, LOG_SCALE_0, LOG_SCALE_STEP, MEAN_LIMIT, Schedule
+from lic.model.dependent import LENGTH, NEXT, SPACING, Dependent, Forgetful, quantisers_of
 from lic.model.hyperprior import Z_LIMIT
 from lic.model.store import LoadedModel
 
@@ -28,11 +31,27 @@ class SymbolCoder(Protocol):
     """Turns the values of each step into bytes (and returns them), or bytes into values."""
 
     def code(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self,
+        stream: int,
+        rows: np.ndarray,
+        tables: Tables,
+        values: np.ndarray | None,
+        *,
+        last: bool,
+        repeat: bool = False,
     ) -> np.ndarray:
         """The next values of a stream, all those that are left if ``last``.
 
-        rows and values int32 (N,); values is None for a reader.
+        rows and values, integers (N,); values is None for a reader. ``repeat``: the stream comes in so few parts that
+        it is faster to begin anew with each than to stop between them.
+        """
+
+    def code_chains(
+        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+    ) -> np.ndarray:
+        """The next values of stream 0 in chains of dependent quantisation: those of the step that ``stream`` holds.
+
+        rows: those of quantiser 0; those of quantiser 1 follow each. With ``last`` stream 0 ends.
         """
 
 
@@ -50,13 +69,26 @@ class Writer:
         return [self._finished[stream] for stream in sorted(self._finished)]
 
     def code(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self,
+        stream: int,
+        rows: np.ndarray,
+        tables: Tables,
+        values: np.ndarray | None,
+        *,
+        last: bool,
+        repeat: bool = False,
     ) -> np.ndarray:
         assert values is not None and stream not in self._finished
         self._open.setdefault(stream, coder.Encoder()).push(values, rows, tables)
         if last:
             self._finished[stream] = self._open.pop(stream).finish()
         return values
+
+    def code_chains(
+        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+    ) -> np.ndarray:
+        assert values is not None
+        return self.code(0, rows + quantisers_of(values), tables, values, last=last)
 
 
 class Reader:
@@ -67,17 +99,32 @@ class Reader:
         self._open: dict[int, coder.Decoder] = {}
 
     def code(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self,
+        stream: int,
+        rows: np.ndarray,
+        tables: Tables,
+        values: np.ndarray | None,
+        *,
+        last: bool,
+        repeat: bool = False,
     ) -> np.ndarray:
         if last and stream not in self._open:
             return coder.decode(self.streams[stream], rows, tables)  # all at once is faster
         if stream not in self._open:
-            self._open[stream] = coder.Decoder(self.streams[stream])
+            self._open[stream] = coder.Decoder(self.streams[stream], repeat=repeat)
         decoder = self._open[stream]
         values = decoder.pull(rows, tables)
         if last:
             decoder.finish()
             del self._open[stream]
+        return values
+
+    def code_chains(
+        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+    ) -> np.ndarray:
+        values = self._open[0].pull_chains(rows, tables, NEXT.tolist(), LENGTH)
+        if last:
+            self._open.pop(0).finish()
         return values
 
 
@@ -90,19 +137,35 @@ class LeadingReader(Reader):
     stream = 0
 
     def code(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self,
+        stream: int,
+        rows: np.ndarray,
+        tables: Tables,
+        values: np.ndarray | None,
+        *,
+        last: bool,
+        repeat: bool = False,
     ) -> np.ndarray:
         if stream >= len(self.streams):
             return np.zeros(len(rows), np.int32)  # values count from the predicted mean, rounded
         self.stream = stream
-        return super().code(stream, rows, tables, values, last=last)
+        return super().code(stream, rows, tables, values, last=last, repeat=repeat)
+
+    def code_chains(
+        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+    ) -> np.ndarray:
+        if stream >= len(self.streams):
+            return np.zeros(len(rows), np.int32)
+        self.stream = stream
+        return super().code_chains(stream, rows, tables, values, last=last)
 
 
 @dataclass
 class Latents:
     """z (B, h/4, w/4, C), integers held as float, and y (B, h, w, M): integers too, or with a ``weight``.
 
-    weight: bits that a squared error of one quantiser step is worth for each latent, (B, h, w, M).
+    weight: bits that a squared error of one quantiser step is worth for each latent, (B, h, w, M). y is then in
+    quantiser steps; integers count in :attr:`CodecModel.spacing` steps.
     """
 
     z: Tensor
@@ -119,6 +182,163 @@ class CodedTiles:
     estimated_bits: Tensor
 
 
+class Place(NamedTuple):
+    """Where a step is coded: its stream, whether it is all of it or the last of it, and the last one of the tile."""
+
+    stream: int
+    is_whole_stream: bool
+    ends_stream: bool
+    ends_tile: bool
+
+
+def places(schedule: Schedule, geometry: Geometry) -> list[Place]:
+    """Of every step."""
+    streams = [1 + schedule.stream_of(step) for step in range(schedule.steps(geometry))]
+    count, last = Counter(streams), {stream: step for step, stream in enumerate(streams)}
+    return [
+        Place(stream, count[stream] == 1, last[stream] == step, step == len(streams) - 1)
+        for step, stream in enumerate(streams)
+    ]
+
+
+class Part(NamedTuple):
+    """Known latents of a step and their weight, (B, P, C), as in :class:`Latents`."""
+
+    y: Tensor
+    weight: Tensor | None
+
+
+class _Coded(NamedTuple):
+    """A step as coded: integers and dequantised latents (B, P, C), bits (B,) of writers."""
+
+    y: Tensor
+    dequantised: Tensor
+    bits: Tensor
+
+
+class Predicted(NamedTuple):
+    """What the latents of a step (B, P, C) are coded with, in integers.
+
+    shift: the mean, rounded; fraction: the rest, in eighths from -4, plus 4; scale_index: row of SCALES.
+    """
+
+    shift: Tensor
+    fraction: Tensor
+    scale_index: Tensor
+
+
+def predicted_integers(p: Prediction) -> Predicted:
+    """Nothing is rounded or limited here where arithmetic is exact."""
+    eighths = torch.round(p.eighths.clamp(-MEAN_LIMIT, MEAN_LIMIT)).int()
+    scale_index = torch.round(p.scale_index.clamp(0, len(SCALES) - 1)).int()
+    centred = eighths + FRACTIONS // 2
+    shift = centred.div(FRACTIONS, rounding_mode="floor")
+    return Predicted(shift, centred - shift * FRACTIONS, scale_index)
+
+
+def quantised(
+    net: CodecModel, geometry: Geometry, predictions: Prediction, y: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Integers of a tile (B, h, w, M) from all its predictions at once, and the dequantised latents.
+
+    y and weight as in :class:`Latents`. What :func:`code_tiles` chooses step by step, with its own predictions.
+    """
+    if net.dependent is None:
+        mean, scale = predictions.mean, predictions.scale
+        integers = round_for_rate(y, mean, scale, weight, net.centroids)
+        return integers, integers + expected_offset(integers, mean, scale, net.centroids)
+    integers, dequantised = torch.empty_like(y), torch.empty_like(y)
+    schedule = net.context.schedule
+    for step in range(schedule.steps(geometry)):
+        predicted = predicted_integers(Prediction(*(schedule.take(t, step) for t in predictions)))
+        part = Part(schedule.take(y, step), schedule.take(weight, step))
+        coded = _dependent(net.dependent, predicted, [Forgetful()] * len(y), part)
+        schedule.put(integers, step, coded.y)
+        schedule.put(dequantised, step, coded.dequantised)
+    return integers, dequantised
+
+
+def code_step(
+    model: LoadedModel, place: Place, predicted: Predicted, symbols: Sequence[SymbolCoder], known: Part | None
+) -> _Coded:
+    """Code a step of a batch of tiles, whose latents are None for readers."""
+    if model.net.dependent is None:
+        return _scalar(model, place, predicted, symbols, known)
+    return _dependent(model.net.dependent, predicted, [_OfStep(its, place) for its in symbols], known)
+
+
+def _scalar(
+    model: LoadedModel, place: Place, predicted: Predicted, symbols: Sequence[SymbolCoder], known: Part | None
+) -> _Coded:
+    """Each latent by itself, at a whole number of quantiser steps."""
+    shift, fraction, scale_index = predicted
+    mean = shift + (fraction - FRACTIONS // 2) / FRACTIONS
+    scale = torch.exp(LOG_SCALE_0 + scale_index * LOG_SCALE_STEP)
+    given = None
+    if known is not None:
+        y = known.y
+        if known.weight is not None:
+            y = round_for_rate(y, mean, scale, known.weight, model.net.centroids)
+        given = y.int() - shift
+    rows = scale_index * FRACTIONS + fraction
+    values = _code(symbols, place.stream, rows, model.y_tables, given, last=place.ends_stream)
+    y = (values + shift).float()
+    bits = gaussian_bits(y, mean, scale).sum(dim=(1, 2)) if known is not None else y.new_zeros(len(y))
+    return _Coded(y, y + expected_offset(y, mean, scale, model.net.centroids), bits)
+
+
+def _dependent(
+    quantiser: Dependent, predicted: Predicted, symbols: Sequence[dependent.SymbolCoder], known: Part | None
+) -> _Coded:
+    """Each latent at one of the integers that those before it in its chain leave it (:mod:`lic.model.dependent`)."""
+    shape, device = predicted.shift.shape, predicted.shift.device
+    found: tuple[list[Any], ...] = ([], [], [])
+    for b, its in enumerate(symbols):
+        shift, eighths, scale_index = (t[b].flatten().cpu().numpy().astype(np.int64) for t in predicted)
+        given = None
+        if known is not None:
+            y = known.y[b].flatten().cpu().numpy()
+            if known.weight is None:
+                given = dependent.symbols_of(y.astype(np.int64) - shift, scale_index)
+            else:
+                weight = known.weight[b].flatten().cpu().numpy() * np.float32(SPACING**2)
+                from_mean = (y / np.float32(SPACING) - shift).astype(np.float32)
+                given = quantiser.choose(from_mean, scale_index, eighths, weight)
+        coded = quantiser.code(its, scale_index, eighths, given)
+        for values, its_values in zip(found, (coded.distances + shift, coded.offsets, coded.bits), strict=True):
+            values.append(its_values)
+    integers, offsets, bits = (torch.from_numpy(np.array(values)).float().to(device) for values in found)
+    integers = integers.view(shape)
+    return _Coded(integers, (integers + offsets.view(shape)) * SPACING, bits)
+
+
+@dataclass(frozen=True)
+class _OfStep:
+    """The coder of a tile at a step, as :class:`dependent.SymbolCoder`."""
+
+    symbols: SymbolCoder
+    place: Place
+
+    def code_chains(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None) -> np.ndarray:
+        return self.symbols.code_chains(self.place.stream, rows, tables, values, last=self.place.ends_tile)
+
+    def code(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool) -> np.ndarray:
+        last = last and self.place.ends_stream
+        return self.symbols.code(self.place.stream, rows, tables, values, last=last, repeat=self.place.is_whole_stream)
+
+
+def _code(
+    symbols: Sequence[SymbolCoder], stream: int, rows: Tensor, tables: Tables, given: Tensor | None, last: bool
+) -> Tensor:
+    """The next values (B, ...) of one stream of each tile."""
+    all_given = [None] * len(symbols) if given is None else _integers(given)
+    values = [
+        its.code(stream, its_rows, tables, its_given, last=last)
+        for its, its_rows, its_given in zip(symbols, _integers(rows), all_given, strict=True)
+    ]
+    return torch.from_numpy(np.stack(values)).to(rows.device).reshape(rows.shape)
+
+
 @torch.no_grad()
 def code_tiles(
     model: LoadedModel, geometry: Geometry, codes: Sequence[int], symbols: Sequence[SymbolCoder], known: Latents | None
@@ -126,28 +346,22 @@ def code_tiles(
     """Code a batch of tiles of one geometry, each with its quality code and its coder.
 
     ``known`` holds the latents for writers and is None for readers. Latents with a weight are rounded at their step,
-    for the least bits + weight·error² under the table that they get. Raises CorruptError if a reader's streams do not
-    decode.
+    for the least bits + weight·error² under the table that they get, or chosen so along the chains of dependent
+    quantisation; integers without a weight that it cannot have become others. Raises CorruptError if a reader's streams
+    do not decode.
     """
     net, device = model.net, model.device
     config, schedule = net.config, net.context.schedule
     code = torch.tensor(codes, device=device)
     shape = (geometry.batch, geometry.height, geometry.width)
 
-    def code_part(stream: int, rows: Tensor, tables: Tables, given: Tensor | None, last: bool) -> Tensor:
-        """The next values (B, ...) of one stream of each tile."""
-        all_given = [None] * len(symbols) if given is None else _integers(given)
-        values = [
-            coder.code(stream, its_rows, tables, its_given, last=last)
-            for coder, its_rows, its_given in zip(symbols, _integers(rows), all_given, strict=True)
-        ]
-        return torch.from_numpy(np.stack(values)).to(device).reshape(rows.shape)
-
     with exact_arithmetic():
         z_shape = (shape[0], shape[1] // 4, shape[2] // 4, config.hyper_latent)
         channel = torch.arange(config.hyper_latent, device=device)
         z_rows = net.prior.bucket(code)[:, None, None, None] * config.hyper_latent + channel
-        z_values = code_part(0, z_rows.expand(z_shape), model.z_tables, None if known is None else known.z, last=True)
+        known_z = None if known is None else known.z
+        alone = net.dependent is None  # in their stream
+        z_values = _code(symbols, 0, z_rows.expand(z_shape), model.z_tables, known_z, last=alone)
         if int(z_values.abs().max()) > Z_LIMIT:
             raise CorruptError("damaged: a hyper-latent is out of range")
         z = z_values.float()
@@ -158,30 +372,17 @@ def code_tiles(
         if known is not None:
             bits += net.prior.bits(z, code).sum(dim=(1, 2, 3))
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
-        last_steps = {schedule.stream_of(step): step for step in range(schedule.steps(geometry))}
-        for step in range(schedule.steps(geometry)):
-            p = net.context.predict(state, step)
-            # Nothing changes here where arithmetic is exact.
-            eighths = torch.round(p.eighths.clamp(-MEAN_LIMIT, MEAN_LIMIT)).int()
-            scale_index = torch.round(p.scale_index.clamp(0, len(SCALES) - 1)).int()
-            centred = eighths + FRACTIONS // 2
-            shift = centred.div(FRACTIONS, rounding_mode="floor")
-            rows = scale_index * FRACTIONS + (centred - shift * FRACTIONS)
-            mean, scale = eighths / FRACTIONS, torch.exp(LOG_SCALE_0 + scale_index * LOG_SCALE_STEP)
-            given = None
+        for step, place in enumerate(places(schedule, geometry)):
+            predicted = predicted_integers(net.context.predict(state, step))
+            part = None
             if known is not None:
-                y_known = schedule.take(known.y, step)
-                if known.weight is not None:
-                    y_known = round_for_rate(y_known, mean, scale, schedule.take(known.weight, step), net.centroids)
-                given = y_known.int() - shift
-            stream = schedule.stream_of(step)
-            values = code_part(1 + stream, rows, model.y_tables, given, last=step == last_steps[stream])
-            y_step = (values + shift).float()
-            if known is not None:
-                bits += gaussian_bits(y_step, p.mean, p.scale).sum(dim=(1, 2))
-            schedule.put(y, step, y_step)
-            schedule.put(dequantised, step, y_step + expected_offset(y_step, mean, scale, net.centroids))
-            state = net.context.observe(state, step, y_step)
+                weight = None if known.weight is None else schedule.take(known.weight, step)
+                part = Part(schedule.take(known.y, step), weight)
+            coded = code_step(model, place, predicted, symbols, part)
+            bits += coded.bits
+            schedule.put(y, step, coded.y)
+            schedule.put(dequantised, step, coded.dequantised)
+            state = net.context.observe(state, step, coded.y)
     return CodedTiles(Latents(z, y), dequantised, bits)
 
 

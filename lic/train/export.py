@@ -50,6 +50,7 @@ def export(
         if part == "nonlocal" or theirs.h_s.non_local is None:
             theirs.h_s.non_local = net.h_s.non_local
         net.h_s = theirs.h_s
+        net.dependent = theirs.dependent
         if not is_trained(part, "g_s.last.bias"):
             net.g_s.limit = theirs.g_s.limit
         if part not in WITH_ENTROPY_MODEL:

@@ -1,0 +1,764 @@
+"""Dependent quantisation: the least cost is found, all symbols come back, damage is noticed, and it pays."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import runpy
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from small_models import TINY, latents
+
+from lic import coder
+from lic.coder import SCALES, Decoder, Encoder, Tables, gaussian_tables
+from lic.errors import CorruptError
+from lic.exact import exact_arithmetic
+from lic.model import store
+from lic.model.codec import CodecModel
+from lic.model.context import Geometry
+from lic.model.dependent import LENGTH, NEXT, Coded, Dependent, Forgetful, Kinds, distance, symbols_of
+from lic.model.store import LoadedModel, ModelInfo
+from lic.part import Region
+from lic.pipeline import windows
+from lic.pipeline.codec import Encoded, decode_rgb, decode_rgbs, encode_rgb, encode_rgbs
+from lic.pipeline.distortion import DISTORTIONS
+from lic.pipeline.tile import CodedTiles, Latents, Reader, Writer, code_tiles, quantised
+from lic.quality import MAX_CODE, lambda_of
+from lic.train.dependent import Statistics, _fitted, fit
+
+ROOT = Path(__file__).parent.parent
+SMALL, MEDIUM, LARGE = range(0, 8), range(8, 17), range(17, 64)  # scale indices, the kinds being few enough
+SHARE = 6  # at most one latent of a step in so many is medium
+CODES = (0, 10_000, 20_000, 30_000)
+BACKENDS = ["python"]
+if coder.backend_info().startswith("torchac"):
+    BACKENDS.append("torchac")
+GAUSSIAN = gaussian_tables()
+needs_torchac = pytest.mark.skipif("torchac" not in BACKENDS, reason=f"coder: {coder.backend_info()}")
+
+# The hyper-latents that stand in stream 0 before the chains.
+Z = np.array([0, 3, -1, 0, 40])
+Z_ROWS = 8 * 12 + np.arange(len(Z))
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+class Step(NamedTuple):
+    """What a step is coded with, all (N,), as :meth:`Dependent.choose` wants it."""
+
+    y: np.ndarray
+    scale_index: np.ndarray
+    eighths: np.ndarray
+    weight: np.ndarray
+
+
+def step_of(random: np.random.Generator, scale_index: np.ndarray, outliers: float = 0.0) -> Step:
+    """Latents as predicted, but for a share of outliers."""
+    n = len(scale_index)
+    eighths = random.integers(0, 8, n)
+    y = (eighths - 4) / 8 + SCALES[scale_index] * random.normal(size=n)
+    y = np.where(random.random(n) < outliers, y * 2.0 ** random.uniform(0, 10, n), y)
+    weight = 2.0 ** random.uniform(-3, 4, n)
+    return Step(y.astype(np.float32), scale_index, eighths, weight.astype(np.float32))
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    random = np.random.default_rng(draw(seeds))
+    least, most = sorted(draw(st.tuples(*[st.integers(0, len(SCALES) - 1)] * 2)))
+    scale_index = random.integers(least, most + 1, draw(st.integers(0, 80)))
+    return step_of(random, scale_index, draw(st.sampled_from([0.0, 0.1, 1.0])))
+
+
+@pytest.fixture(scope="module")
+def gaussian() -> Dependent:
+    """Before anything is counted, but with offsets."""
+    fitted = _fitted(Statistics())
+    offsets = np.random.default_rng(0).uniform(-0.1, 0.1, fitted.offsets.shape)
+    return replace(fitted, offsets=offsets.astype(np.float32))
+
+
+# The search for the least cost
+
+
+def bits_of(quantiser: Dependent, symbols: np.ndarray, q: int, i: int, j: int) -> np.ndarray:
+    """Of symbols (K,) of one latent, by bitstream_spec.md 5.12."""
+
+    def lengths(values: np.ndarray, rows: np.ndarray | int) -> np.ndarray:
+        return coder.code_lengths(values, np.broadcast_to(rows, values.shape), quantiser.tables).astype(np.float64)
+
+    if i in LARGE:
+        c = 4 * (i - 17) + j // 2
+        parity = symbols & 1
+        return lengths(parity, 280 + c) + lengths(symbols >> 1, 468 + 4 * c + 2 * q + parity)
+    return lengths(symbols, 136 + 16 * (i - 8) + 2 * j + q if i in MEDIUM else 8 * i + j)
+
+
+def cost_of(quantiser: Dependent, step: Step, at: int, q: int, symbols: np.ndarray) -> np.ndarray:
+    """Bits + weight·error² of symbols (K,) of one latent."""
+    i, j = int(step.scale_index[at]), int(step.eighths[at])
+    towards = np.where(symbols == 0, (j - 4) / 8, np.sign(symbols))
+    offset = quantiser.offsets[i, q, np.minimum(np.abs(symbols), 3)] * towards
+    error = step.y[at] - distance(symbols, q) - offset
+    return bits_of(quantiser, symbols, q, i, j) + step.weight[at] * error**2
+
+
+def least_cost(quantiser: Dependent, step: Step, chain: np.ndarray, choices: Callable[[int, int], list[int]]) -> float:
+    """Of all paths through a chain of latents; ``choices`` are the symbols of a latent under a quantiser."""
+    symbols = np.array([[choices(at, q) for q in (0, 1)] for at in chain])
+    costs = np.array([[cost_of(quantiser, step, at, q, symbols[n, q]) for q in (0, 1)] for n, at in enumerate(chain)])
+    count = symbols.shape[-1]
+    chosen = np.array(list(itertools.product(range(count), repeat=len(chain))))
+    state, total = np.zeros(len(chosen), int), np.zeros(len(chosen))
+    for n in range(len(chain)):
+        total += costs[n, state % 2, chosen[:, n]]
+        state = NEXT[state, symbols[n, state % 2, chosen[:, n]] & 1]
+    return float(total.min())
+
+
+def chain_of_six(random: np.random.Generator, kind: range) -> tuple[Step, np.ndarray]:
+    """A step with one chain, of six latents, and the places of these; the others are small."""
+    n = 6 if kind is LARGE else 6 * SHARE
+    scale_index = np.zeros(n, int)
+    chain = np.sort(random.choice(n, 6, replace=False))
+    scale_index[chain] = random.integers(kind.start, kind.stop, 6)
+    return step_of(random, scale_index), chain
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, kind=st.sampled_from([MEDIUM, LARGE]))
+def test_the_least_cost_of_all_paths_is_found(gaussian: Dependent, seed: int, kind: range) -> None:
+    """Latents on the side of 0 where their mean is, and not too far off: no symbol beyond 2 is of any use."""
+    random = np.random.default_rng(seed)
+    step, chain = chain_of_six(random, kind)
+    n, side = len(step.y), random.choice([-1, 1], len(step.y))
+    y, weight = random.uniform(0.2, 2.5, n) * side, random.uniform(2, 16, n)
+    eighths = np.where(side > 0, random.integers(4, 8, n), random.integers(0, 4, n))
+    step = Step(y.astype(np.float32), step.scale_index, eighths, weight.astype(np.float32))
+    chosen = gaussian.choose(*step)
+    found = least_cost(gaussian, step, chain, lambda at, q: [chosen[at]])
+    assert found == pytest.approx(least_cost(gaussian, step, chain, lambda at, q: [-2, -1, 0, 1, 2]), abs=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, kind=st.sampled_from([MEDIUM, LARGE]), outliers=st.sampled_from([0.0, 0.3]))
+def test_no_path_by_the_nearest_values_costs_less(gaussian: Dependent, seed: int, kind: range, outliers: float) -> None:
+    random = np.random.default_rng(seed)
+    step, chain = chain_of_six(random, kind)
+    step = step_of(random, step.scale_index, outliers)
+    chosen = gaussian.choose(*step)
+
+    def nearest(at: int, q: int) -> list[int]:
+        """Those just below and just above, and 0."""
+        symbols = int(step.y[at] / 2) + np.arange(-3, 4)
+        above = int(np.argmax(distance(symbols, q) > step.y[at]))
+        return [symbols[above - 1], symbols[above], 0]
+
+    found = least_cost(gaussian, step, chain, lambda at, q: [chosen[at]])
+    assert found <= least_cost(gaussian, step, chain, nearest) * (1 + 1e-5) + 1e-3
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds)
+def test_small_latents_are_chosen_by_themselves(gaussian: Dependent, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    step = step_of(random, random.integers(0, SMALL.stop, 30), 0.3)
+    chosen = gaussian.choose(*step)
+    for at, symbol in enumerate(chosen):
+        below = math.floor(step.y[at] / 2)
+        found, *others = cost_of(gaussian, step, at, 0, np.array([symbol, below, below + 1, 0]))
+        assert found <= min(others) + 1e-3 * (1 + abs(found))
+
+
+def test_chains_are_chosen_by_themselves(gaussian: Dependent) -> None:
+    random = np.random.default_rng(3)
+    step = step_of(random, random.integers(LARGE.start, LARGE.stop, 2 * LENGTH + 100), 0.05)
+    parts = [Step(*(part[start : start + LENGTH] for part in step)) for start in range(0, len(step.y), LENGTH)]
+    assert np.array_equal(gaussian.choose(*step), np.concatenate([gaussian.choose(*part) for part in parts]))
+
+
+def test_errors_are_smaller_than_those_of_a_quantiser_with_as_many_bits(gaussian: Dependent) -> None:
+    """At a high rate 1.53 dB are the most that any quantiser can win."""
+    random = np.random.default_rng(4)
+    index = 42
+    step = step_of(random, np.full(4000, index))
+    step = step._replace(weight=np.full(len(step.y), 0.5, np.float32))
+    coded = gaussian.code(Forgetful(), step.scale_index, step.eighths, gaussian.choose(*step))
+    error = float(np.mean((step.y - coded.distances) ** 2))
+    bits = coded.bits / len(step.y)
+    # Scalar quantisation at a high rate: entropy log2(σ·√(2πe) / step), error step² / 12.
+    of_scalar = (SCALES[index] * math.sqrt(2 * math.pi * math.e) / 2**bits) ** 2 / 12
+    assert 0.5 < 10 * math.log10(of_scalar / error) < 1.53
+
+
+# Kinds
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps())
+def test_the_medium_latents_are_a_share_with_the_largest_scales(step: Step) -> None:
+    scale_index = step.scale_index
+    small, medium, large = Kinds.of(scale_index)
+    assert sorted([*small, *medium, *large]) == list(range(len(scale_index)))
+    assert all(np.all(np.diff(places) > 0) for places in (small, medium, large))
+    assert np.all(scale_index[large] >= LARGE.start) and np.all(scale_index[medium] >= MEDIUM.start)
+    assert np.all(scale_index[np.concatenate([small, medium])] < LARGE.start)
+    assert len(medium) <= len(scale_index) // SHARE
+    assert scale_index[small].max(initial=0) < scale_index[medium].min(initial=LARGE.start)
+    if np.any(scale_index[small] >= MEDIUM.start):  # not even those of one scale more would have been few enough
+        more = np.count_nonzero(scale_index[small] == scale_index[small].max())
+        assert len(medium) + more > len(scale_index) // SHARE
+
+
+# Coding
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("LIC_CODER", request.param)
+    return str(request.param)
+
+
+@dataclass
+class OfStep:
+    """The coder of a tile at a step."""
+
+    symbols: Writer | Reader
+    stream: int
+    has_stream: bool  # to itself
+    is_last: bool
+
+    def code_chains(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None) -> np.ndarray:
+        return self.symbols.code_chains(self.stream, rows, tables, values, last=self.is_last)
+
+    def code(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool) -> np.ndarray:
+        last = last and (self.has_stream or self.is_last)
+        return self.symbols.code(self.stream, rows, tables, values, last=last, repeat=self.has_stream)
+
+
+def code_steps(
+    quantiser: Dependent, symbols: Writer | Reader, tile: list[Step], given: list[np.ndarray] | None, shared: bool
+) -> list[Coded]:
+    """A tile of these steps, each with a stream, or all in one."""
+    symbols.code(0, Z_ROWS, quantiser.tables, None if given is None else Z, last=False)
+    coded = []
+    for n, step in enumerate(tile):
+        of_step = OfStep(symbols, 1 if shared else 1 + n, not shared, n == len(tile) - 1)
+        values = None if given is None else given[n]
+        coded.append(quantiser.code(of_step, step.scale_index, step.eighths, values))
+    return coded
+
+
+def check_round_trip(quantiser: Dependent, tile: list[Step], given: list[np.ndarray], shared: bool) -> list[bytes]:
+    writer = Writer()
+    written = code_steps(quantiser, writer, tile, given, shared)
+    read = code_steps(quantiser, Reader(tuple(writer.streams)), tile, None, shared)
+    for theirs, ours, step, symbols in zip(read, written, tile, given, strict=True):
+        assert np.array_equal(theirs.distances, ours.distances)
+        assert np.array_equal(theirs.offsets, ours.offsets)
+        assert np.array_equal(symbols_of(theirs.distances, step.scale_index), symbols)
+    return writer.streams
+
+
+@settings(max_examples=60, deadline=None)
+@given(tile=st.lists(steps(), min_size=1, max_size=3), shared=st.booleans(), by_choice=st.booleans())
+def test_round_trip(gaussian: Dependent, tile: list[Step], shared: bool, by_choice: bool) -> None:
+    """With one coder and the other: the bytes are the same."""
+    given = [gaussian.choose(*step) if by_choice else np.rint(step.y / 2).astype(np.int64) for step in tile]
+    streams = []
+    for name in BACKENDS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LIC_CODER", name)
+            streams.append(check_round_trip(gaussian, tile, given, shared))
+    assert streams[0] == streams[-1]
+
+
+def test_long_chains_with_escapes(gaussian: Dependent, backend: str) -> None:
+    random = np.random.default_rng(5)
+    medium = np.where(np.arange(7000) % 7 == 0, random.integers(8, 17, 7000), 3)
+    assert len(Kinds.of(medium).medium) > LENGTH
+    tile = [step_of(random, scale_index, 0.02) for scale_index in (random.integers(17, 64, 1500), medium)]
+    for step in tile:
+        step.y[::100] = random.choice([-1, 1], len(step.y[::100])) * 500_000
+    given = [gaussian.choose(*step) for step in tile]
+    assert all(np.abs(symbols).max() > 240_000 for symbols in given)
+    check_round_trip(gaussian, tile, given, shared=False)
+
+
+@pytest.mark.parametrize("index", [0, 12, 30, 63])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_kinds_without_latents(gaussian: Dependent, backend: str, index: int, count: int) -> None:
+    step = step_of(np.random.default_rng(count), np.full(count, index))
+    symbols = np.arange(count) - 2
+    check_round_trip(gaussian, [step], [symbols], shared=False)
+    assert gaussian.choose(*step).shape == (count,)
+
+
+def test_an_empty_stream_without_chains(gaussian: Dependent, backend: str) -> None:
+    """All hyper-latents as certain as they are predicted, and no latent is medium."""
+    nothing = np.zeros(0, np.int64)
+    certain = np.flatnonzero(gaussian.tables.skipped)[:3]
+    writer = Writer()
+    writer.code(0, certain, gaussian.tables, np.zeros(3, np.int64), last=False)
+    writer.code_chains(1, nothing, gaussian.tables, nothing, last=True)
+    assert writer.streams == [b""]
+    reader = Reader((b"",))
+    assert not reader.code(0, certain, gaussian.tables, None, last=False).any()
+    assert reader.code_chains(1, nothing, gaussian.tables, None, last=True).shape == (0,)
+
+
+@settings(max_examples=60, deadline=None)
+@given(step=steps())
+def test_estimated_bits_are_those_of_the_streams(gaussian: Dependent, step: Step) -> None:
+    writer = Writer()
+    symbols = gaussian.choose(*step)
+    (coded,) = code_steps(gaussian, writer, [step], [symbols], False)
+    spent = 8 * sum(map(len, writer.streams)) - coder.ideal_bits(Z, Z_ROWS, gaussian.tables)
+    deviating = np.count_nonzero(symbols[step.scale_index < LARGE.start])  # may cost less or more than estimated
+    assert coded.bits - 1 - 20 * deviating < spent < coded.bits + 40 + 40 * deviating
+
+
+# Symbols from integers
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=steps())
+def test_symbols_of_inverts_distances(gaussian: Dependent, step: Step) -> None:
+    symbols = gaussian.choose(*step)
+    coded = gaussian.code(Forgetful(), step.scale_index, step.eighths, symbols)
+    assert np.array_equal(symbols_of(coded.distances, step.scale_index), symbols)
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=steps(), scale=st.sampled_from([0.1, 1.0, 30.0]))
+def test_any_integers_become_symbols_of_those_next_to_them(gaussian: Dependent, step: Step, scale: float) -> None:
+    integers = np.rint(step.y * scale).astype(np.int64)
+    symbols = symbols_of(integers, step.scale_index)
+    allowed = gaussian.code(Forgetful(), step.scale_index, step.eighths, symbols).distances
+    assert np.abs(allowed - integers).max(initial=0) <= 1
+    assert np.all(allowed[integers == 0] == 0)
+    assert np.array_equal(symbols_of(allowed, step.scale_index), symbols)
+
+
+# The coder
+
+
+@st.composite
+def rows_and_values(draw: st.DrawFn, most: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Places of rows in their tables, from 0 to 1, and values."""
+    random = np.random.default_rng(draw(seeds))
+    n = draw(st.integers(0, most))
+    values = np.rint(random.normal(size=n) * draw(st.sampled_from([0.3, 2.0, 1000.0]))).astype(np.int64)
+    return random.random(n), values
+
+
+@settings(max_examples=100, deadline=None)
+@given(stream=rows_and_values(), of_gaussian_tables=st.booleans())
+def test_code_lengths_add_up(
+    gaussian: Dependent, stream: tuple[np.ndarray, np.ndarray], of_gaussian_tables: bool
+) -> None:
+    tables = GAUSSIAN if of_gaussian_tables else gaussian.tables
+    coded = np.flatnonzero(~tables.skipped)
+    places, values = stream
+    rows = coded[(places * len(coded)).astype(int)]
+    lengths = coder.code_lengths(values, rows, tables)
+    assert lengths.shape == values.shape and np.all(lengths > 0)
+    of_flag = -math.log2(7 / 8) if len(values) else 0  # that no certain value deviates
+    assert coder.ideal_bits(values, rows, tables) == pytest.approx(float(lengths.sum(dtype=float)) + of_flag, rel=1e-5)
+
+
+def split(places: np.ndarray, values: np.ndarray, tables: Tables) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The (rows, values) of three steps."""
+    rows = (places * len(tables)).astype(int)
+    cuts = [len(rows) // 4, len(rows) // 2]
+    return list(zip(np.split(rows, cuts), np.split(values, cuts), strict=True))
+
+
+def pulled(data: bytes, rows: Sequence[np.ndarray], tables: Tables, repeat: bool) -> list[list[int]] | None:
+    """The values of each step, None if the stream is found to be damaged."""
+    try:
+        decoder = Decoder(data, repeat=repeat)
+        values = [decoder.pull(part, tables).tolist() for part in rows]
+        decoder.finish()
+    except CorruptError:
+        return None
+    return values
+
+
+def mutated(data: bytes, random: np.random.Generator) -> bytes:
+    """Cut, flipped or replaced by noise."""
+    kind, at = random.integers(3), int(random.integers(max(1, len(data))))
+    if kind == 0 or not data:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes([data[at] ^ 1 << int(random.integers(8))]) + data[at + 1 :]
+    return random.bytes(int(random.integers(2 * len(data))))
+
+
+@needs_torchac
+@settings(max_examples=100, deadline=None)
+@given(stream=rows_and_values(), seed=seeds)
+def test_repeating_decoders_read_the_same(
+    gaussian: Dependent, stream: tuple[np.ndarray, np.ndarray], seed: int
+) -> None:
+    tables = gaussian.tables
+    parts = split(*stream, tables)
+    encoder = Encoder()
+    for rows, values in parts:
+        encoder.push(values, rows, tables)
+    data, rows_of = encoder.finish(), [rows for rows, _ in parts]
+    expected = [values.tolist() for _, values in parts]
+    assert pulled(data, rows_of, tables, True) == expected
+    assert pulled(data, rows_of, tables, False) == expected
+    damaged = mutated(data, np.random.default_rng(seed))
+    both = pulled(damaged, rows_of, tables, True), pulled(damaged, rows_of, tables, False)
+    assert None in both or both[0] == both[1]
+
+
+@settings(max_examples=200, deadline=10_000)
+@given(step=steps(), seed=seeds, count=st.sampled_from([0, 1, 30, 20_000]))
+def test_damaged_chains(gaussian: Dependent, step: Step, seed: int, count: int) -> None:
+    """They raise CorruptError or give values, however many are asked for."""
+    random = np.random.default_rng(seed)
+    writer = Writer()
+    code_steps(gaussian, writer, [step], [gaussian.choose(*step)], False)
+    data = mutated(writer.streams[0], random)
+    rows = 136 + 2 * random.integers(0, 72, count)
+    try:
+        decoder = Decoder(data)
+        values = decoder.pull_chains(rows, gaussian.tables, NEXT.tolist(), LENGTH)
+        decoder.finish()
+    except CorruptError:
+        return
+    assert values.shape == (count,)
+
+
+def test_chains_that_end_too_early(gaussian: Dependent) -> None:
+    random = np.random.default_rng(6)
+    step = step_of(random, np.where(np.arange(1800) % 6 == 0, 14, 3), 0.1)
+    writer = Writer()
+    code_steps(gaussian, writer, [step], [gaussian.choose(*step)], False)
+    first, second = writer.streams
+    assert len(first) > 40
+    unnoticed = 0
+    for end in range(len(first)):
+        with contextlib.suppress(CorruptError):
+            code_steps(gaussian, Reader((first[:end], second)), [step], None, False)
+            unnoticed += 1
+    assert unnoticed < 0.1 * len(first)  # where what is left of the stream by chance has the right length
+
+
+@settings(max_examples=60, deadline=10_000)
+@given(tile=st.lists(steps(), min_size=1, max_size=2), shared=st.booleans(), seed=seeds, data=st.data())
+def test_damaged_tiles(gaussian: Dependent, tile: list[Step], shared: bool, seed: int, data: st.DataObject) -> None:
+    writer = Writer()
+    code_steps(gaussian, writer, tile, [gaussian.choose(*step) for step in tile], shared)
+    streams = writer.streams
+    which = data.draw(st.integers(1, len(streams) - 1))
+    streams[which] = mutated(streams[which], np.random.default_rng(seed))
+    try:
+        coded = code_steps(gaussian, Reader(tuple(streams)), tile, None, shared)
+    except CorruptError:
+        return
+    assert [len(step.distances) for step in coded] == [len(step.y) for step in tile]
+
+
+@pytest.mark.parametrize("parity", [2, -1, 1000, -100_000])
+def test_a_parity_is_0_or_1(gaussian: Dependent, backend: str, parity: int) -> None:
+    """In a stream that is sound but for that."""
+    c = 4 * (40 - 17) + 4 // 2
+    row = 468 + 4 * c + parity
+    writer = Writer()
+    writer.code(0, Z_ROWS, gaussian.tables, Z, last=True)
+    writer.code(1, np.array([280 + c]), gaussian.tables, np.array([parity]), last=False)
+    writer.code(1, np.array([row if 468 <= row < len(gaussian.tables) else 468]), gaussian.tables, Z[:1], last=True)
+    step = Step(*(np.array([number]) for number in (0, 40, 4, 1)))
+    with pytest.raises(CorruptError):
+        code_steps(gaussian, Reader(tuple(writer.streams)), [step], None, False)
+
+
+# Tables
+
+
+def test_tables_of_other_quantisers_are_refused(gaussian: Dependent) -> None:
+    with pytest.raises(ValueError, match="another quantiser"):
+        Dependent(GAUSSIAN, gaussian.offsets)
+    with pytest.raises(ValueError, match="another quantiser"):
+        Dependent(gaussian.tables, gaussian.offsets[:, :1])
+    certain = {name: array.copy() for name, array in gaussian.tables.to_arrays().items()}
+    certain["cdf"][136], certain["size"][136], certain["offset"][136] = 65535, 2, 0
+    certain["cdf"][136, :2] = 0, 65534
+    raw = {name: array.copy() for name, array in gaussian.tables.to_arrays().items()}
+    raw["raw_bits"][279] = 1
+    for arrays in (certain, raw):
+        with pytest.raises(ValueError, match="skips symbols or has raw bits"):
+            Dependent(Tables.from_arrays(arrays), gaussian.offsets)
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def demo() -> np.ndarray:
+    return np.asarray(Image.open(DATA / "demo.png").convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def photo(demo: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(demo[200:328, 300:428])
+
+
+def written(net: CodecModel, path: Path, shared_from: ModelInfo | None = None) -> LoadedModel:
+    """The model that is written and loaded again."""
+    store.write_model(path, net, {"rate_range": (0.1, 2.0), "provenance": {"data": "demo.png"}}, shared_from)
+    return store.load_file(store.read_info(path))
+
+
+@pytest.fixture(scope="module")
+def scalar(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The tiny model with the weights that a file holds today: its own file has more bits."""
+    net = store.load_file(store.read_info(TINY)).net
+    return written(net, tmp_path_factory.mktemp("scalar") / TINY.name)
+
+
+class Fitted(NamedTuple):
+    """What :func:`fit` gave the tiny model, and the model as it was written and loaded again."""
+
+    quantiser: Dependent
+    model: LoadedModel
+
+
+@pytest.fixture(scope="module")
+def fitted(demo: np.ndarray, scalar: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    random = np.random.default_rng(7)
+    crops = []
+    for code in range(0, MAX_CODE, MAX_CODE // 4):
+        top, left = (int(random.integers(n - 128)) for n in demo.shape[:2])
+        crop = torch.from_numpy(demo[top : top + 128, left : left + 128].copy()).float() / 255 - 0.5
+        crops.append((crop[None], torch.tensor([float(code)])))
+    net = store.load_file(scalar.info).net
+    net.quantise_alone()
+    found = fit(net, crops)
+    assert net.dependent is found
+    return Fitted(found, written(net, tmp_path_factory.mktemp("fitted") / TINY.name))
+
+
+@pytest.fixture(scope="module")
+def coded(fitted: Fitted, photo: np.ndarray) -> dict[int, Encoded]:
+    """The photo at several qualities."""
+    return {code: encode_rgb(fitted.model, photo, code) for code in CODES}
+
+
+def cost(model: LoadedModel, encoded: Encoded, rgb: np.ndarray) -> float:
+    """Bits + λ·error."""
+    bits = 8 * sum(len(stream) for streams in encoded.container.tiles for stream in streams)
+    error = windows.error_between(model.net, encoded.reconstruction, rgb, DISTORTIONS["psnr"])
+    return bits + lambda_of(encoded.container.header.quality) * error
+
+
+def test_a_weights_file_keeps_the_quantiser(fitted: Fitted, scalar: LoadedModel) -> None:
+    loaded = fitted.model.net.dependent
+    assert loaded is not None
+    for name, array in fitted.quantiser.tables.to_arrays().items():
+        assert np.array_equal(loaded.tables.to_arrays()[name], array)
+    assert np.array_equal(loaded.offsets, fitted.quantiser.offsets.astype(np.float16))
+    assert loaded.offsets.any()
+    assert fitted.model.y_tables.to_arrays().keys() == loaded.tables.to_arrays().keys()
+    theirs, ours = scalar.info, fitted.model.info
+    assert theirs.entropy_id != ours.entropy_id and theirs.synthesis_id != ours.synthesis_id
+
+
+def test_what_is_coded_comes_back(fitted: Fitted, coded: dict[int, Encoded], backend: str) -> None:
+    for code, encoded in coded.items():
+        decoded = decode_rgb(fitted.model, encoded.container)
+        assert decoded.symbols_sha256 == encoded.symbols_sha256
+        assert np.abs(decoded.rgb.astype(int) - encoded.reconstruction).max() <= 1, code
+
+
+def test_every_coder_writes_the_same(
+    fitted: Fitted, coded: dict[int, Encoded], photo: np.ndarray, backend: str
+) -> None:
+    assert encode_rgb(fitted.model, photo, CODES[1]).container == coded[CODES[1]].container
+
+
+def test_estimated_bits_of_pictures(coded: dict[int, Encoded]) -> None:
+    for encoded in coded.values():
+        streams = [stream for streams in encoded.container.tiles for stream in streams]
+        assert (
+            abs(8 * sum(map(len, streams)) / encoded.estimated_bits - 1)
+            < 0.03 + 8 * len(streams) / encoded.estimated_bits
+        )
+
+
+def test_it_costs_less_than_scalar_quantisation(
+    fitted: Fitted, scalar: LoadedModel, coded: dict[int, Encoded], photo: np.ndarray
+) -> None:
+    ratios = [
+        cost(fitted.model, encoded, photo) / cost(scalar, encode_rgb(scalar, photo, code), photo)
+        for code, encoded in coded.items()
+    ]
+    assert max(ratios) < 1.01 and np.mean(ratios) < 0.985
+
+
+@pytest.mark.parametrize(("effort", "least_gain"), [(1, 0.0), (4, 0.002)])
+def test_effort_costs_no_more(
+    fitted: Fitted, coded: dict[int, Encoded], photo: np.ndarray, effort: int, least_gain: float
+) -> None:
+    gains = []
+    for code in CODES[::2]:
+        better = encode_rgb(fitted.model, photo, code, effort=effort)
+        assert better.container.header.effort == effort
+        assert decode_rgb(fitted.model, better.container).symbols_sha256 == better.symbols_sha256
+        gains.append(1 - cost(fitted.model, better, photo) / cost(fitted.model, coded[code], photo))
+    assert min(gains) >= 0 and max(gains) >= least_gain
+
+
+def test_without_dependence_it_is_the_scalar_model(fitted: Fitted, scalar: LoadedModel, photo: np.ndarray) -> None:
+    alone = store.without_dependence(store.load_file(fitted.model.info))
+    assert alone.net.dependent is None
+    ours, theirs = (encode_rgb(model, photo, CODES[1]) for model in (alone, scalar))
+    assert ours.container.tiles == theirs.container.tiles
+    assert store.without_dependence(scalar) is scalar
+
+
+def test_previews(fitted: Fitted, coded: dict[int, Encoded], photo: np.ndarray) -> None:
+    container = coded[CODES[-1]].container
+    groups = container.header.streams - 1
+    errors = []
+    for n in range(1, groups + 1):
+        shown = decode_rgb(fitted.model, container, preview=n)
+        assert shown.groups == (n,) and shown.all_symbols == (n == groups)
+        errors.append(float(np.mean((shown.rgb.astype(float) - photo) ** 2)))
+        cut = replace(container, tiles=tuple(streams[: 1 + n] for streams in container.tiles))
+        for preview in (n, "auto"):
+            assert np.array_equal(decode_rgb(fitted.model, cut, preview=preview).rgb, shown.rgb)
+    assert errors == sorted(errors, reverse=True)
+    assert np.array_equal(decode_rgb(fitted.model, container).rgb, shown.rgb)
+
+
+@pytest.mark.parametrize("region", [Region(0, 0, 128, 128), Region(3, 70, 50, 9), Region(127, 127, 1, 1)])
+def test_a_region_is_the_same_as_in_the_whole_picture(
+    fitted: Fitted, coded: dict[int, Encoded], region: Region
+) -> None:
+    container = coded[CODES[2]].container
+    whole = decode_rgb(fitted.model, container).rgb
+    assert np.array_equal(decode_rgb(fitted.model, container, region=region).rgb, region.of(whole))
+
+
+def test_pictures_together(fitted: Fitted, coded: dict[int, Encoded], photo: np.ndarray) -> None:
+    containers = [encoded.container for encoded in coded.values()]
+    decoded = decode_rgbs(fitted.model, containers, [8] * len(containers))
+    assert [one.symbols_sha256 for one in decoded] == [encoded.symbols_sha256 for encoded in coded.values()]
+    together = encode_rgbs(fitted.model, [photo, photo[::-1]], [CODES[0], CODES[2]])
+    for encoded in together:
+        assert decode_rgb(fitted.model, encoded.container).symbols_sha256 == encoded.symbols_sha256
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds)
+def test_damaged_files(fitted: Fitted, coded: dict[int, Encoded], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    container = coded[random.choice(CODES)].container
+    streams = list(container.tiles[0])
+    which = int(random.integers(len(streams)))
+    streams[which] = mutated(streams[which], random)
+    if tuple(streams) == container.tiles[0]:
+        return
+    with pytest.raises(CorruptError):
+        decode_rgb(fitted.model, replace(container, tiles=(tuple(streams),)))
+
+
+GEOMETRY = Geometry(2, 8, 12)
+
+
+def code(model: LoadedModel, known: Latents) -> tuple[CodedTiles, list[list[bytes]]]:
+    writers = [Writer(), Writer()]
+    coded = code_tiles(model, GEOMETRY, CODES[:2], writers, known)
+    return coded, [writer.streams for writer in writers]
+
+
+def weighed(model: LoadedModel, seed: int) -> Latents:
+    """Two tiles of latents to be quantised."""
+    z, y = latents(model.net.config, 2, (GEOMETRY.height, GEOMETRY.width), seed)
+    random = torch.Generator().manual_seed(seed)
+    return Latents(z, y + torch.rand(y.shape, generator=random) - 0.5, 4 * torch.rand(y.shape, generator=random))
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_integers_are_coded_as_they_were_chosen(fitted: Fitted, seed: int) -> None:
+    """By code_tiles from integers alone, and by quantised from all predictions at once."""
+    net, known = fitted.model.net, weighed(fitted.model, seed)
+    chosen, streams = code(fitted.model, known)
+    again, same = code(fitted.model, chosen.latents)
+    assert same == streams
+    assert torch.equal(again.dequantised, chosen.dequantised)
+    assert known.weight is not None
+    with torch.no_grad(), exact_arithmetic():
+        predictions = net.predict(chosen.latents.z, chosen.latents.y, torch.tensor(CODES[:2]))
+    integers, dequantised = quantised(net, GEOMETRY, predictions, known.y, known.weight)
+    assert torch.equal(integers, chosen.latents.y)
+    assert torch.equal(dequantised, chosen.dequantised)
+
+
+def test_other_integers_become_those_next_to_them(fitted: Fitted) -> None:
+    known = latents(fitted.model.net.config, 2, (GEOMETRY.height, GEOMETRY.width), 1)
+    chosen, streams = code(fitted.model, Latents(*known))
+    assert torch.equal(chosen.latents.z, known[0])
+    assert 0 < (chosen.latents.y - known[1]).abs().max() <= 1
+    assert code(fitted.model, chosen.latents)[1] == streams
+
+
+# The script
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The script sets how many threads torch has."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_fit_quantiser(scalar: LoadedModel, tmp_path: Path, picture: np.ndarray, one_thread: None) -> None:
+    old, new, pictures = (tmp_path / name for name in ("old", "new", "pictures"))
+    for folder in (old, pictures):
+        folder.mkdir()
+    names = "tiny", "tiny-msp", "tiny-nlaic"
+    shutil.copy(scalar.info.path, old)
+    for name in names[1:]:
+        net = store.load_file(store.read_info(TINY.with_stem(name))).net
+        written(net, old / (name + store.SUFFIX), store.read_info(old / TINY.name))
+    shutil.copy(TINY, old / "stranger.safetensors")  # which shares nothing
+    shutil.copy(DATA / "demo.png", pictures)
+    main = runpy.run_path(str(ROOT / "scripts/fit_quantiser.py"))["main"]
+    arguments = [old, new, pictures, "--base", "tiny", "--megapixels", 0.3]
+    done = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert done.output.split() == list(names)
+    assert sorted(path.stem for path in new.iterdir()) == list(names)
+    models = [store.load_file(store.read_info(new / (name + store.SUFFIX))) for name in names]
+    for name, model in zip(names, models, strict=True):
+        before = store.load_file(store.read_info(old / (name + store.SUFFIX)))
+        theirs, ours = before.net.state_dict(), model.net.state_dict()
+        assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+        assert model.info.provenance == before.info.provenance and model.info.rate_range == before.info.rate_range
+        assert model.info.entropy_id != before.info.entropy_id
+        assert model.info.shared_from == before.info.shared_from
+        assert model.net.dependent is not None
+        assert np.array_equal(model.y_tables.cdf, models[0].y_tables.cdf)
+        encoded = encode_rgb(model, picture, 20_000)
+        assert decode_rgb(model, encoded.container).symbols_sha256 == encoded.symbols_sha256
