@@ -45,7 +45,6 @@ class Statistics:
     def __init__(self) -> None:
         self.counts = np.zeros((len(SCALES), FRACTIONS, QUANTISERS + 1, len(_SYMBOLS)))
         self.sums, self.weights = np.zeros((2, len(SCALES), QUANTISERS, OFFSETS))
-        self.bits = self.error = 0.0
 
     def add(self, y: np.ndarray, symbols: np.ndarray, scale_index: np.ndarray, eighths: np.ndarray) -> None:
         """The latents of a step (N,), in integers from the rounded mean."""
@@ -100,17 +99,16 @@ def _observe(net: CodecModel, y: Tensor, z: Tensor, code: Tensor, statistics: St
                 scale_index, eighths = (
                     t[b].flatten().numpy().astype(np.int64) for t in (predicted.scale_index, predicted.fraction)
                 )
-                given = its_y.flatten().numpy(), scale_index, eighths, its_weight.flatten().numpy()
-                symbols = net.dependent.choose(*given)
+                from_mean = its_y.flatten().numpy()
+                symbols = net.dependent.choose(from_mean, scale_index, eighths, its_weight.flatten().numpy())
                 coded = net.dependent.code(Forgetful(), scale_index, eighths, symbols)
-                statistics.add(given[0], symbols, scale_index, eighths)
-                statistics.bits += coded.bits
-                statistics.error += float((given[3] * (given[0] - coded.distances - coded.offsets) ** 2).sum())
+                statistics.add(from_mean, symbols, scale_index, eighths)
                 integers[b] += torch.from_numpy(coded.distances).view(its_y.shape)
             state = net.context.observe(state, step, integers)
 
 
 def _fitted(statistics: Statistics) -> Dependent:
+    """Tables and offsets from what was seen, in the order of the rows of :class:`Dependent`."""
     counts = statistics.counts
     # What is left and right of the mean is alike.
     mirrored = counts.copy()
@@ -135,11 +133,12 @@ def _fitted(statistics: Statistics) -> Dependent:
         row[[LIMIT - 1, LIMIT + 1]] += 2.0**-12  # no row of a latent in a chain may be skipped
         append(row / row.sum(), 2 + 2.5 * float(SCALES[i]))
     joint = {}
+    fractions = np.arange(FRACTIONS).reshape(COARSE, -1)
+    means = ((fractions - 4) / 8).mean(axis=1).tolist()
     for i, c in np.ndindex(len(SCALES) - LARGE, COARSE):
         i += LARGE
-        js = [j for j in range(FRACTIONS) if j * COARSE // FRACTIONS == c]
+        js, mean = fractions[c], means[c]
         for q in range(QUANTISERS):
-            mean = sum((j - 4) / 8 for j in js) / len(js)
             joint[i, c, q] = _blend(counts[i, js, q].sum(axis=0), SCALES[i] * factors[i, q], mean, q)
         both = sum(joint[i, c, q] * (1 + counts[i, js, q].sum()) for q in range(QUANTISERS))
         odd = float(both[_SYMBOLS & 1 == 1].sum() / both.sum()) if SCALES[i] < LIMIT / 3 else 0.5
@@ -154,10 +153,8 @@ def _fitted(statistics: Statistics) -> Dependent:
             of_parity = joint[i, c, q][parity::2]  # LIMIT is even
             row = of_parity[LIMIT // 2 - half : LIMIT // 2 + half + 1] / of_parity.sum()
         else:
-            js = [j for j in range(FRACTIONS) if j * COARSE // FRACTIONS == c]
-            mean = sum((j - 4) / 8 for j in js) / len(js)
             m = np.arange(-half * 2**k - 2 ** (k - 1), (half + 1) * 2**k - 2 ** (k - 1))
-            row = 2 * _gaussian(2 * m + parity, SCALES[i] * factors[i, q], mean, q).reshape(-1, 2**k).sum(axis=1)
+            row = 2 * _gaussian(2 * m + parity, SCALES[i] * factors[i, q], means[c], q).reshape(-1, 2**k).sum(axis=1)
         pmfs.append(row / max(1.0, row.sum()))
         offsets.append(-half)
         raw_bits.append(k)

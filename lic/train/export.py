@@ -41,7 +41,7 @@ def export(
     net.requires_grad_(False)
     if name is not None:
         net.config = replace(net.config, name=name)
-    parent = units = None
+    parent = units = dependent = None
     if shared_from is not None:
         if part == "all":
             raise ValueError("a model of which all parts were trained shares nothing: leave out --shared-from")
@@ -49,8 +49,7 @@ def export(
         theirs = load_file(parent).net
         if part == "nonlocal" or theirs.h_s.non_local is None:
             theirs.h_s.non_local = net.h_s.non_local
-        net.h_s = theirs.h_s
-        net.dependent = theirs.dependent
+        net.h_s, dependent = theirs.h_s, theirs.dependent
         if not is_trained(part, "g_s.last.bias"):
             net.g_s.limit = theirs.g_s.limit
         if part not in WITH_ENTROPY_MODEL:
@@ -63,6 +62,7 @@ def export(
             calibrate(net, pictures)
         finally:
             pictures.close()
+    net.dependent = dependent  # which neither training nor calibration knows of
     net.freeze()
     net.unit_tables = units or net.unit_tables
     provenance: dict[str, Any] = {
