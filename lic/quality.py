@@ -16,7 +16,7 @@ TUNING_EFFORT = 6  # by default, where nothing else tunes than the search of the
 MAX_CODE = 50_000  # 1/500 of a quality step: finer than any size target needs
 MIN_LAMBDA, MAX_LAMBDA = 0.0005, 1.0
 MAX_EFFORT = 9
-DEFAULT_QUALITY = 40.0  # about 0.6 bpp on Kodak
+DEFAULT_QUALITY = 40.0  # about 0.5 bpp on Kodak
 
 
 def code_of(quality: float) -> int:

@@ -755,6 +755,7 @@ def test_fit_quantiser(scalar: LoadedModel, tmp_path: Path, picture: np.ndarray,
         before = store.load_file(store.read_info(old / (name + store.SUFFIX)))
         theirs, ours = before.net.state_dict(), model.net.state_dict()
         assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+        assert model.info.provenance.pop("quantiser").keys() == {"date", "megapixels"}
         assert model.info.provenance == before.info.provenance and model.info.rate_range == before.info.rate_range
         assert model.info.entropy_id != before.info.entropy_id
         assert model.info.shared_from == before.info.shared_from
