@@ -33,9 +33,10 @@ def _introduction(kept: dict[str, Numbers], source: str) -> str:
         text = (
             f"All models share the transforms and the hyperprior of `{found['base']}`, unless said otherwise. "
             f"It turned {found['pictures']} pictures ({found['pixels'] / 1e6:.1f} Mpixel) into integers, once for each "
-            "quality, by scalar quantisation, and every model predicts these same integers: the bits of a model are what "
-            "an ideal coder needs with its probabilities, all steps in one exact pass. Fewer bits are smaller files of the very same "
-            "pictures. Times are of whole pictures through the Python API with the model loaded. "
+            "quality, by scalar quantisation, and every model predicts these same integers: the bits of a model are "
+            "what an ideal coder needs with its probabilities, all steps in one exact pass. Fewer bits are smaller "
+            "files of the very same pictures. Times are of whole pictures through the Python API with the model "
+            "loaded. "
         )
     runs: dict[tuple[str, ...], list[str]] = {}
     for name, section in kept.items():
