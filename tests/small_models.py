@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,19 @@ def file_of(
         given.append(Latents(z, y))
         checks.add(given[-1])
     streams = conformance.streams_of(model, conformance.File(code, boxes, [], given))
+    return packed(model, width, height, code, tile, streams, checks), given
+
+
+def packed(
+    model: LoadedModel,
+    width: int,
+    height: int,
+    code: int,
+    tile: int,
+    streams: Sequence[tuple[bytes, ...]],
+    checks: SymbolChecks,
+) -> bytes:
+    """A file of the streams of each tile and the checksums of their symbols."""
     header = Header(
         width=width,
         height=height,
@@ -99,4 +112,4 @@ def file_of(
         streams=len(streams[0]),
         symbols_crc=checks.crc,
     )
-    return pack(Container(header, tuple(streams))), given
+    return pack(Container(header, tuple(streams)))

@@ -19,12 +19,12 @@ import torch
 from conftest import DATA
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_models import MODELS, TINY, file_of, latents, write_small_model
+from small_models import MODELS, TINY, file_of, latents, packed, write_small_model
 
 import lic
 from lic import conformance
 from lic.coder import Tables
-from lic.container import Container, Header, pack, parse
+from lic.container import pack, parse
 from lic.model.store import LoadedModel, load, load_file, read_info, write_model
 from lic.pipeline.codec import SymbolChecks, latent_boxes
 from lic.pipeline.tile import Latents, Writer, code_tiles
@@ -194,18 +194,7 @@ def dependent_file(
         written.append(coded.latents)
         checks.add(coded.latents)
         streams.append(tuple(coder.streams))
-    header = Header(
-        width=width,
-        height=height,
-        quality=code,
-        model=model.info.name,
-        entropy_id=model.info.entropy_id,
-        synthesis_id=model.info.synthesis_id,
-        tile=tile,
-        streams=len(streams[0]),
-        symbols_crc=checks.crc,
-    )
-    return pack(Container(header, tuple(streams))), written
+    return packed(model, width, height, code, tile, streams, checks), written
 
 
 @pytest.mark.parametrize("name", ["tiny", *MODELS])

@@ -228,7 +228,10 @@ class Predicted(NamedTuple):
 
 
 def predicted_integers(p: Prediction) -> Predicted:
-    """Nothing is rounded or limited here where arithmetic is exact."""
+    """A prediction (B, P, C) in the integers that tables are chosen by.
+
+    Nothing is rounded or limited here where arithmetic is exact.
+    """
     eighths = torch.round(p.eighths.clamp(-MEAN_LIMIT, MEAN_LIMIT)).int()
     scale_index = torch.round(p.scale_index.clamp(0, len(SCALES) - 1)).int()
     centred = eighths + FRACTIONS // 2
