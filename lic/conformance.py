@@ -21,6 +21,7 @@ from lic.coder import Tables
 from lic.container import Container
 from lic.model import store
 from lic.model.context import Geometry, Prediction
+from lic.model.dependent import Dependent
 from lic.pipeline.codec import SymbolChecks, latent_boxes
 from lic.pipeline.tile import (
     Latents,
@@ -64,10 +65,10 @@ class _Recorder:
         return self.inner.code(stream, rows, tables, values, last=last, repeat=repeat)
 
     def code_chains(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
     ) -> np.ndarray:
         self.rows.update(rows.astype("<i4").tobytes())
-        return self.inner.code_chains(stream, rows, tables, values, last=last)
+        return self.inner.code_chains(stream, rows, quantiser, values, last=last)
 
 
 @dataclass(frozen=True)

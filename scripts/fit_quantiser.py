@@ -39,7 +39,7 @@ def main(old: Path, new: Path, data: tuple[Path, ...], base: str, megapixels: fl
     crops = [sample(pictures, CROPS, SIDE, generator) for _ in range(round(megapixels * 1e6 / SIDE**2 / CROPS))]
     parent = store.read_info(old / (base + store.SUFFIX))
     net = store.load_file(parent).net
-    net.quantise_alone()
+    net.quantise(None)
     quantiser = fit(net, crops)
     new.mkdir(parents=True, exist_ok=True)
     target, today = new / parent.path.name, datetime.date.today().isoformat()
@@ -47,8 +47,7 @@ def main(old: Path, new: Path, data: tuple[Path, ...], base: str, megapixels: fl
         if info is not parent and info.shared_from != parent.path.name:
             continue
         net = store.load_file(info).net
-        net.dependent = quantiser
-        net.unit_tables = net.make_unit_tables()
+        net.quantise(quantiser)
         provenance = info.provenance | {"quantiser": {"date": today, "megapixels": round(megapixels)}}
         meta = {"provenance": provenance, "rate_range": info.rate_range}
         store.write_model(new / info.path.name, net, meta, None if info is parent else store.read_info(target))

@@ -42,7 +42,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     net = store.load(model, device).net
-    net.quantise_alone()
+    net.requires_grad_(False)
     output_dir.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(list(data), torch.device(device), seed, watch=False)
     pictures.wait_for_all(crop)

@@ -535,15 +535,15 @@ def scales_and_means(answer: Activation, log2: Ints, index: Ints) -> tuple[Ints,
 
 
 LENGTH = 512  # of a chain
-NEXT = ((0, 5, 1, 6, 2, 4, 3, 7), (2, 7, 3, 4, 0, 6, 1, 5))
+EIGHT_STATES = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]])
 
 
-def state_after(n: int, state: int, k: int) -> int:
+def state_after(trellis: Ints, n: int, state: int, k: int) -> int:
     """The state of latent n + 1 of a kind, where latent n has a state and the symbol k (5.12)."""
-    return NEXT[k % 2][state] if (n + 1) % LENGTH else 0
+    return int(trellis[state, k % 2]) if (n + 1) % LENGTH else 0
 
 
-def read_dependent(first: Stream, stream: Stream, tables: Tables, i: Ints, j: Ints) -> Ints:
+def read_dependent(first: Stream, stream: Stream, tables: Tables, trellis: Ints, i: Ints, j: Ints) -> Ints:
     """ŷ - m of the latents of a step, (N,) (5.12). first: stream 0; stream: that of the step."""
     count = np.bincount(i, minlength=64)
     t = next(t for t in range(8, 18) if count[t:17].sum() <= len(i) // 6)
@@ -554,7 +554,7 @@ def read_dependent(first: Stream, stream: Stream, tables: Tables, i: Ints, j: In
     for n, at in enumerate(medium):
         q[at] = state % 2
         (k[at],) = first.read(tables, [int(136 + 16 * (i[at] - 8) + 2 * j[at] + q[at])])
-        state = state_after(n, state, int(k[at]))
+        state = state_after(trellis, n, state, int(k[at]))
 
     c = 4 * (i[large] - 17) + j[large] // 2
     parity = stream.read(tables, (280 + c).tolist())
@@ -562,7 +562,7 @@ def read_dependent(first: Stream, stream: Stream, tables: Tables, i: Ints, j: In
     state = 0
     for n, at in enumerate(large):
         q[at] = state % 2
-        state = state_after(n, state, parity[n])
+        state = state_after(trellis, n, state, parity[n])
     odd = np.array(parity, np.int64)
     k[large] = 2 * np.array(stream.read(tables, (468 + 4 * c + 2 * q[large] + odd).tolist()), np.int64) + odd
 
@@ -592,7 +592,8 @@ class Tile:
         i, j, m = scales_and_means(answer, self.log2[place[2]], self.index[place[2]])
         tables = self.weights.y
         if "offsets" in self.weights.arrays:
-            values = read_dependent(self.first, stream, tables, i.ravel(), j.ravel())
+            trellis = self.weights.arrays.get("trellis", EIGHT_STATES)
+            values = read_dependent(self.first, stream, tables, trellis, i.ravel(), j.ravel())
         else:
             values = np.array(stream.read(tables, (8 * i + j).ravel().tolist()), np.int64)
         self.y[place] = values.reshape(m.shape) + m

@@ -202,8 +202,7 @@ def test_same_symbols_with_dependent_quantisation(tmp_path: Path, name: str) -> 
     """In a picture that gives most systems steps with several chains, of medium and of large latents, and in tiles."""
     (tmp_path / TINY.name).write_bytes(TINY.read_bytes())
     net = load_file(model_of(name).info).net
-    net.dependent = model_of("tiny-dependent").net.dependent
-    net.unit_tables = net.make_unit_tables()
+    net.quantise(model_of("tiny-dependent").net.dependent)
     path = tmp_path / "dependent.safetensors"
     write_model(path, net, {"provenance": {}}, shared_from=read_info(tmp_path / TINY.name))
     model = load_file(read_info(path))

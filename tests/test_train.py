@@ -22,12 +22,14 @@ from click.testing import CliRunner
 from conftest import DATA
 from PIL import Image
 from safetensors import safe_open
+from scipy.special import ndtr
 
 import lic
 from lic.errors import LicError, UnsupportedError
 from lic.model import store
 from lic.model.codec import CodecModel
 from lic.model.config import CONFIGS
+from lic.model.dependent import SPACING
 from lic.train.chroma import soften_chroma
 from lic.train.cli import command
 from lic.train.data import Pictures, Pool, sample
@@ -323,7 +325,8 @@ def test_context_model_alone_on_stored_latents(photos: Path, tmp_path: Path, mon
     source = StoredLatents(files, CPU)
     assert (source.count, source.side) == (6, 128)
     generator = torch.Generator().manual_seed(0)
-    y, z, code = source.batch(50, generator)
+    y, z, code, halves = source.batch(50, generator)
+    assert source.spacing == 1 and halves.shape == (2, *y.shape) and bool((halves == 1).all())
     assert y.shape == (50, 8, 8, 48) and z.shape == (50, 2, 2, 16)
     assert len({(float(c), float(a.abs().sum())) for c, a in zip(code, y, strict=True)}) == 6
     bits, _ = model.rate(y, z, code)  # what goes together is drawn together
@@ -346,9 +349,40 @@ def test_context_model_alone_on_stored_latents(photos: Path, tmp_path: Path, mon
         Trainer(SETTINGS, CPU).run(source, 1.0, tmp_path / "other.pt", entries.append)
     with pytest.raises(LicError, match="one size"):
         StoredLatents([], CPU)
+    dependent = store.load_file(store.read_info(DATA / "models" / "tiny-dependent.safetensors")).net
+    store_latents(dependent, prepared(photos), tmp_path / "dependent.safetensors", count=3, side=128, seed=1)
+    with pytest.raises(LicError, match="one size"):
+        StoredLatents([*files, tmp_path / "dependent.safetensors"], CPU)
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(LicError, match="bad"):
         StoredLatents([tmp_path / "bad.safetensors"], CPU)
+
+
+def test_context_model_alone_on_dependently_quantised_latents(photos: Path, tmp_path: Path) -> None:
+    """The bits are those of values as far apart as the quantiser of each latent has them, in the finer integers."""
+    net = store.load_file(store.read_info(DATA / "models" / "tiny-dependent.safetensors")).net
+    store_latents(net, prepared(photos), tmp_path / "1.safetensors", count=4, side=128, seed=1)
+    source = StoredLatents([tmp_path / "1.safetensors"], CPU)
+    assert source.spacing == SPACING
+    y, z, code, halves = source.batch(4, torch.Generator().manual_seed(0))
+    assert set(halves.unique().tolist()) == {1, 2}
+    trainer = Trainer(replace(SETTINGS, part="context", steps=20, learning_rate=1e-3), CPU)
+    trainer.start_from(net.state_dict())
+    trainer.run(source, 1.0, tmp_path / "state.pt", lambda entry: None)
+    fresh = Trainer(SETTINGS, CPU)
+    fresh.start_from(net.state_dict())
+    fresh.model.spacing = SPACING
+    with torch.no_grad():
+        before, after = (t.model.rate(y, z, code, halves)[0].sum() for t in (fresh, trainer))
+        with net.in_floating_point():
+            p = net.predict(z, y, code)
+    below, above = 0.5 * halves.double().numpy()
+    low, high = (
+        (y.double().numpy() + side - p.mean.double().numpy()) / p.scale.double().numpy() for side in (-below, above)
+    )
+    mass = ndtr(np.where(low > 0, -low, high)) - ndtr(np.where(low > 0, -high, low))
+    assert float(before) == pytest.approx(-np.log2(mass.clip(1e-9)).sum(), rel=1e-3)
+    assert after < before
 
 
 @pytest.mark.parametrize("part", ["tables", "vectors", "adapters"])

@@ -62,6 +62,7 @@ class CodecModel(nn.Module):
         self.register_buffer("sigma", torch.ones(config.latent))  # of the shortcut's latents
         self.unit_tables: tuple[Tensor, Tensor] | None = None  # those of a weights file; made anew in training
         self.dependent: Dependent | None = None  # how its latents are quantised, if weights say so; not in training
+        self.spacing = 1.0  # of the integers that are coded, in quantiser steps
 
     @property
     def exact(self) -> bool:
@@ -152,18 +153,13 @@ class CodecModel(nn.Module):
             grid.fit()
 
     @property
-    def spacing(self) -> float:
-        """Of the integers that are coded, in quantiser steps."""
-        return 1.0 if self.dependent is None else SPACING
-
-    @property
     def reach(self) -> float:
         """Integers each way that are as near to one value of a latent as to the next."""
         return 0.5 if self.dependent is None else 1.0
 
-    def quantise_alone(self) -> None:
-        """Scalar quantisation from here on, each latent by itself: as in training."""
-        self.dependent = None
+    def quantise(self, dependent: Dependent | None) -> None:
+        """With this quantiser from here on; None is scalar quantisation, each latent by itself."""
+        self.dependent, self.spacing = dependent, 1.0 if dependent is None else SPACING
         self.unit_tables = self.make_unit_tables()
 
     def gain(self, code: Tensor) -> Tensor:
@@ -192,7 +188,7 @@ class CodecModel(nn.Module):
         log = self.log_gain.table.double() - torch.log(_step(code).double() / 255).unsqueeze(-1)
         log = log + torch.log(self.sigma.double())
         log2 = log * (2**EXP2_INDEX_BITS / math.log(2))
-        if self.dependent is not None:
+        if self.spacing == SPACING:
             log2, log = log2 - SPACING_LOG2, log - math.log(SPACING)
         return torch.round(log2), torch.round((log - LOG_SCALE_0) * (2**INDEX_BITS / LOG_SCALE_STEP))
 
@@ -265,10 +261,14 @@ class CodecModel(nn.Module):
         z = torch.round(self.hyper_analysis(y, code))
         return self.rounded(y, z, code), z
 
-    def rate(self, y_hat: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Bits of integers y_hat and z for each image, (B,), with gradients to h_s and the context model."""
+    def rate(self, y_hat: Tensor, z: Tensor, code: Tensor, halves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bits of integers y_hat and z for each image, (B,), with gradients to h_s and the context model.
+
+        halves: how far the integers reach below and above, in half integers, (2, B, h, w, M); 1 if it is None.
+        """
         p = self.predict(z, y_hat, code)
-        y_bits = gaussian_bits(y_hat, p.mean, p.scale).sum(dim=(1, 2, 3))
+        reach = (0.5,) if halves is None else 0.5 * halves
+        y_bits = gaussian_bits(y_hat, p.mean, p.scale, *reach).sum(dim=(1, 2, 3))
         return y_bits, self.prior.bits(z, code).sum(dim=(1, 2, 3)).detach()
 
     @torch.no_grad()
@@ -360,10 +360,15 @@ def _gradient_only(x: Tensor) -> Tensor:
     return x - x.detach()
 
 
-def gaussian_bits(y: Tensor, mean: Tensor, scale: Tensor, reach: float = 0.5) -> Tensor:
-    """-log2 of the Gaussian's mass on the interval of ``reach`` each way around y."""
+def gaussian_bits(
+    y: Tensor, mean: Tensor, scale: Tensor, below: Tensor | float = 0.5, above: Tensor | float | None = None
+) -> Tensor:
+    """-log2 of the Gaussian's mass on the interval that reaches so far below and above y, as far if above is None."""
     distance = (y - mean).abs()
-    mass = _cdf((reach - distance) / scale) - _cdf((-reach - distance) / scale)
+    towards = away = below
+    if above is not None:
+        towards, away = torch.where(y > mean, below, above), torch.where(y > mean, above, below)
+    mass = _cdf((towards - distance) / scale) - _cdf((-away - distance) / scale)
     return -torch.log2(lower_bound(mass, 1e-9))
 
 

@@ -4,9 +4,9 @@ Trellis-coded quantisation (Marcellin and Fischer 1990, IEEE Trans. Commun. 38(1
 2019, "Hybrid video coding with trellis-coded quantization", DCC). Latents are integers on a grid that is finer than the
 quantiser's step, but each can only be one of every other integer: quantiser 0 has the even distances from the
 predicted mean, quantiser 1 the odd ones and 0. Which of the two a latent has follows from the parities of the symbols
-before it in its chain, through one of eight states. The encoder looks for the path of least bits + weight·error²
+before it in its chain, through a state of the trellis. The encoder looks for the path of least bits + weight·error²
 (Viterbi). Where every latent by itself must choose between integers that are far apart, a path can pass near all of
-them: smaller errors at the same rate, up to 1.5 dB in theory, about 1 dB with eight states.
+them: smaller errors at the same rate, up to 1.5 dB in theory, more of that the more states there are.
 
 The table of a latent depends on its quantiser, and one call of torchac needs all tables in advance. So the latents of a
 step are of three kinds, by the scale that is predicted for them:
@@ -20,7 +20,7 @@ step are of three kinds, by the scale that is predicted for them:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,8 +38,8 @@ MEDIUM_SHARE = 6  # at most one latent of a step in so many is medium
 FRACTIONS = 8  # positions of the mean between two integers
 COARSE = 4  # of them that tables of large latents tell apart
 QUANTISERS = 2
-NEXT = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]])  # [state, parity]
-STATES = len(NEXT)  # a state has quantiser state & 1
+EIGHT_STATES = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]])  # the trellis of VVC
+MAX_STATES = 256
 OFFSETS = 4  # magnitudes of symbols that offsets tell apart: 0, 1, 2, more
 
 # First rows of the tables of each kind.
@@ -51,17 +51,11 @@ ROWS = _REST + (len(SCALES) - LARGE) * COARSE * QUANTISERS * 2
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-# The two ways into each state: the state before, and 2·quantiser + parity on the way.
-_WAYS = [
-    [(s, 2 * (s % QUANTISERS) + p) for s in range(STATES) for p in (0, 1) if NEXT[s, p] == t] for t in range(STATES)
-]
-_BEFORE, _BRANCH = np.moveaxis(np.array(_WAYS), -1, 0)  # (STATES, 2) each
-
 
 class SymbolCoder(Protocol):
     """What codes the symbols of a step, in this order; values are None for readers."""
 
-    def code_chains(self, rows: Ints, tables: Tables, values: Ints | None) -> Ints:
+    def code_chains(self, rows: Ints, quantiser: Dependent, values: Ints | None) -> Ints:
         """Symbols (N,) of medium latents, with the rows of quantiser 0; those of quantiser 1 are the next ones."""
 
     def code(self, rows: Ints, tables: Tables, values: Ints | None, *, last: bool) -> Ints:
@@ -71,7 +65,7 @@ class SymbolCoder(Protocol):
 class Forgetful:
     """A :class:`SymbolCoder` for who only wants to know what would be coded."""
 
-    def code_chains(self, rows: Ints, tables: Tables, values: Ints | None) -> Ints:
+    def code_chains(self, rows: Ints, quantiser: Dependent, values: Ints | None) -> Ints:
         assert values is not None
         return values
 
@@ -112,28 +106,19 @@ def distance(symbol: Ints, quantiser: Ints | int) -> Ints:
     return result
 
 
-def quantisers_of(symbols: Ints) -> Ints:
-    """Of symbols (N,) in chains of LENGTH, one after another; only their parities count."""
-    chains = -(-len(symbols) // LENGTH)
-    parities = np.zeros((chains, LENGTH), np.int64)
-    parities.ravel()[: len(symbols)] = symbols & 1
-    quantisers = np.empty_like(parities)
-    state = np.zeros(chains, np.int64)
-    for i in range(min(LENGTH, len(symbols))):
-        quantisers[:, i] = state % QUANTISERS
-        state = NEXT[state, parities[:, i]]
-    return quantisers.ravel()[: len(symbols)]
-
-
-def _links(medium: int, large: int) -> list[Ints]:
-    """The first, second, ... links of all chains of so many medium and, behind them, large latents; no list is longer
-    than the one before, and the chains are in one order."""
-    starts = np.concatenate([np.arange(0, medium, LENGTH), medium + np.arange(0, large, LENGTH)])
-    ends = np.concatenate([np.full(-(-medium // LENGTH), medium), np.full(-(-large // LENGTH), medium + large)])
-    lengths = np.minimum(LENGTH, ends - starts)
-    order = np.argsort(-lengths, kind="stable")
-    starts, lengths = starts[order], lengths[order]
-    return [starts[: np.count_nonzero(lengths > i)] + i for i in range(lengths.max(initial=0))]
+def _links(runs: Sequence[int]) -> list[Ints]:
+    """The first, second, ... links of all chains of latents in runs of such lengths, one behind another; no list is
+    longer than the one before, and the chains are in one order."""
+    starts, lengths = [], []
+    end = 0
+    for run in runs:
+        begin, end = end, end + run
+        starts.append(np.arange(begin, end, LENGTH))
+        lengths.append(np.minimum(LENGTH, end - starts[-1]))
+    begins, counts = np.concatenate(starts), np.concatenate(lengths)
+    order = np.argsort(-counts, kind="stable")
+    begins, counts = begins[order], counts[order]
+    return [begins[: np.count_nonzero(counts > i)] + i for i in range(counts.max(initial=0))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +127,20 @@ class Dependent:
 
     tables: ROWS rows, of small latents, of medium ones, of parities of large ones, of the rest of large ones. offsets:
     (scales, QUANTISERS, OFFSETS), how much farther than its integer, in integers, a latent is expected from the mean;
-    for symbol 0 that is a share of the mean's fraction. ValueError if they are not of these sizes.
+    for symbol 0 that is a share of the mean's fraction. trellis: (states, 2), the state that follows a state and the
+    parity of its symbol; a state has quantiser state & 1, and two ways lead to each. ValueError if they are not so.
     """
 
     tables: Tables
     offsets: Floats
+    trellis: Ints = field(default_factory=EIGHT_STATES.copy)
 
     def __post_init__(self) -> None:
+        states = len(self.trellis)
+        if self.trellis.shape != (states, 2) or not 2 <= states <= MAX_STATES:
+            raise ValueError("no trellis of two ways from each state")
+        if not np.array_equal(np.sort(self.trellis, axis=None), np.repeat(np.arange(states), 2)):
+            raise ValueError("a trellis that has not two ways to each state")
         if len(self.tables) != ROWS or self.offsets.shape != (len(SCALES), QUANTISERS, OFFSETS):
             raise ValueError("tables of another quantiser")
         medium = slice(_MEDIUM, _PARITY)
@@ -156,26 +148,56 @@ class Dependent:
             raise ValueError("a table of chained latents skips symbols or has raw bits")
 
     def choose(self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats) -> Ints:
-        """Symbols of least bits + weight·error², (N,).
+        """Symbols of least bits + weight·error², (N,), or (B, N) of a batch of tiles, which is faster.
 
         Args:
-            y: the latents of a step (N,), in integers from the rounded mean.
+            y: the latents of a step, in integers from the rounded mean.
             scale_index: of the prediction of each; eighths: of its mean's fraction plus 4, 0..7.
-            weight: bits that a squared error of one integer is worth, (N,).
+            weight: bits that a squared error of one integer is worth.
         """
-        kinds = Kinds.of(scale_index)
+        shape, n = scale_index.shape, scale_index.shape[-1]
+        by_tile = [Kinds.of(its) for its in np.atleast_2d(scale_index)]
+        kinds = [np.concatenate([n * b + at for b, at in enumerate(its)]) for its in zip(*by_tile, strict=True)]
+        runs = [len(its[kind]) for kind in (1, 2) for its in by_tile]
+        y, weight, scale_index, eighths = y.ravel(), weight.ravel(), scale_index.ravel(), eighths.ravel()
         result = np.empty(len(y), np.int64)
         parts = []
-        for number, at in enumerate(kinds):
+        for kind, at in enumerate(kinds):
             latents = y[at], scale_index[at], eighths[at], weight[at]
-            best = [self._best(*latents, quantiser, number) for quantiser in range(QUANTISERS if number else 1)]
+            best = [self._best(*latents, quantiser, kind) for quantiser in range(QUANTISERS if kind else 1)]
             parts.append([np.concatenate(both) for both in zip(*best, strict=True)])
         (costs, symbols), *chained = parts
-        result[kinds.small] = np.where(costs[0] <= costs[1], symbols[0], symbols[1])
+        result[kinds[0]] = np.where(costs[0] <= costs[1], symbols[0], symbols[1])
         costs, symbols = (np.concatenate(both, axis=1) for both in zip(*chained, strict=True))
-        path = _least_path(costs, _links(len(kinds.medium), len(kinds.large)))
+        path = self._least_path(costs, _links(runs))
         result[np.concatenate(kinds[1:])] = np.take_along_axis(symbols, path[None], axis=0)[0]
-        return result
+        return result.reshape(shape)
+
+    def quantisers(self, symbols: Ints) -> Ints:
+        """Of symbols (N,) in chains of LENGTH, one after another; only their parities count."""
+        chains = -(-len(symbols) // LENGTH)
+        parities = np.zeros((chains, LENGTH), np.int64)
+        parities.ravel()[: len(symbols)] = symbols & 1
+        states = np.empty_like(parities)
+        state = np.zeros(chains, np.int64)
+        for i in range(min(LENGTH, len(symbols))):
+            states[:, i] = state
+            state = self.trellis[state, parities[:, i]]
+        return (states % QUANTISERS).ravel()[: len(symbols)]
+
+    def symbols_of(self, distances: Ints, scale_index: Ints) -> Ints:
+        """Symbols of the latents of a step (N,); of distances that those before do not allow, those next to them."""
+        small, medium, large = Kinds.of(scale_index)
+        symbols = np.empty_like(distances)
+        symbols[small] = distances[small] >> 1
+        chained, links = np.concatenate([medium, large]), _links([len(medium), len(large)])
+        state = np.zeros(len(links[0]) if links else 0, np.int64)
+        for link in links:
+            at, states = distances[chained[link]], state[: len(link)]
+            found = at + np.sign(at) * (states % QUANTISERS) >> 1
+            symbols[chained[link]] = found
+            states[:] = self.trellis[states, found & 1]
+        return symbols
 
     def code(self, symbols: SymbolCoder, scale_index: Ints, eighths: Ints, given: Ints | None) -> Coded:
         """Code the latents of a step (N,); ``given`` are their symbols, None for readers. Raises CorruptError."""
@@ -183,13 +205,13 @@ class Dependent:
         small, medium, large = kinds
         values, quantisers = np.zeros((2, len(scale_index)), np.int64)
         rows = _medium_rows(scale_index[medium], eighths[medium])
-        values[medium] = symbols.code_chains(rows, self.tables, None if given is None else given[medium])
-        quantisers[medium] = quantisers_of(values[medium])
+        values[medium] = symbols.code_chains(rows, self, None if given is None else given[medium])
+        quantisers[medium] = self.quantisers(values[medium])
         rows, rest_rows = _large_rows(scale_index[large], eighths[large])
         parities = symbols.code(rows, self.tables, None if given is None else given[large] & 1, last=False)
         if given is None and np.any(parities & ~1):
             raise CorruptError("damaged: a parity is out of range")
-        quantisers[large] = quantisers_of(parities)
+        quantisers[large] = self.quantisers(parities)
         rows = np.concatenate(
             [rest_rows + 2 * quantisers[large] + parities, _small_rows(scale_index[small], eighths[small])]
         )
@@ -202,6 +224,34 @@ class Dependent:
                 lengths = self._lengths(values[at], scale_index[at], eighths[at], quantisers[at], number)
                 bits += float(lengths.sum(dtype=np.float64))
         return Coded(distance(values, quantisers), self._offset(values, quantisers, scale_index, eighths), bits)
+
+    def _least_path(self, costs: Floats, links: Sequence[Ints]) -> Ints:
+        """The branch, 2·quantiser + parity, of each of N latents in chains on the paths of least cost (4, N)."""
+        states = len(self.trellis)
+        # The two ways into each state: the states before, and the branches.
+        before, parity = np.divmod(np.argsort(self.trellis, axis=None, kind="stable").reshape(states, 2).T, 2)
+        branch = 2 * (before % QUANTISERS) + parity
+        chains = len(links[0]) if links else 0
+        total = np.full((states, chains), np.inf, np.float32)
+        total[0] = 0
+        choices = []
+        for link in links:
+            n = len(link)
+            its = costs[:, link]
+            first, second = (
+                total[:, :n].take(way, axis=0) + its.take(by, axis=0) for way, by in zip(before, branch, strict=True)
+            )
+            choices.append(second < first)
+            np.minimum(first, second, out=total[:, :n])
+            total[:, :n] -= total[:, :n].min(axis=0)  # so that single precision is enough
+        path = np.zeros(costs.shape[1], np.int64)
+        state = total.argmin(axis=0)
+        for link, choice in zip(reversed(links), reversed(choices), strict=True):
+            n = len(link)
+            way = choice[state[:n], np.arange(n)].astype(np.int64)
+            path[link] = branch[way, state[:n]]
+            state[:n] = before[way, state[:n]]
+        return path
 
     def _best(
         self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats, quantiser: int, kind: int
@@ -240,21 +290,6 @@ class Dependent:
         return table * np.where(symbol == 0, fraction, np.sign(symbol)).astype(np.float32)
 
 
-def symbols_of(distances: Ints, scale_index: Ints) -> Ints:
-    """Symbols of the latents of a step (N,); of distances that those before them do not allow, those next to them."""
-    small, medium, large = Kinds.of(scale_index)
-    symbols = np.empty_like(distances)
-    symbols[small] = distances[small] >> 1
-    chained, links = np.concatenate([medium, large]), _links(len(medium), len(large))
-    state = np.zeros(len(links[0]) if links else 0, np.int64)
-    for link in links:
-        at, states = distances[chained[link]], state[: len(link)]
-        found = at + np.sign(at) * (states % QUANTISERS) >> 1
-        symbols[chained[link]] = found
-        states[:] = NEXT[states, found & 1]
-    return symbols
-
-
 def _small_rows(scale_index: Ints, eighths: Ints) -> Ints:
     return scale_index * FRACTIONS + eighths
 
@@ -268,25 +303,3 @@ def _large_rows(scale_index: Ints, eighths: Ints) -> tuple[Ints, Ints]:
     """Those of parities, and those of the rest with quantiser 0 and parity 0."""
     coarse = (scale_index - LARGE) * COARSE + eighths * COARSE // FRACTIONS
     return _PARITY + coarse, _REST + 2 * QUANTISERS * coarse
-
-
-def _least_path(costs: Floats, links: Sequence[Ints]) -> Ints:
-    """The branch, 2·quantiser + parity, that each of N latents in chains takes on the paths of least cost (4, N)."""
-    chains = len(links[0]) if links else 0
-    total = np.full((STATES, chains), np.inf, np.float32)
-    total[0] = 0
-    choices = []
-    for link in links:
-        n = len(link)
-        ways = total[_BEFORE, :n] + costs[:, link][_BRANCH]
-        choices.append(ways[:, 1] < ways[:, 0])
-        total[:, :n] = np.where(choices[-1], ways[:, 1], ways[:, 0])
-        total[:, :n] -= total[:, :n].min(axis=0)  # so that single precision is enough
-    path = np.zeros(costs.shape[1], np.int64)
-    state = total.argmin(axis=0)
-    for link, choice in zip(reversed(links), reversed(choices), strict=True):
-        n = len(link)
-        way = choice[state[:n], np.arange(n)].astype(np.int64)
-        path[link] = _BRANCH[state[:n], way]
-        state[:n] = _BEFORE[state[:n], way]
-    return path

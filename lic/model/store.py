@@ -29,7 +29,7 @@ from lic.coder import Tables
 from lic.container import Header
 from lic.errors import LicError, UnsupportedError
 from lic.model.config import Config
-from lic.model.dependent import Dependent
+from lic.model.dependent import EIGHT_STATES, Dependent
 from lic.quality import Tune
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ LIMIT = "g_s.limit"  # Synthesis.limit, left out where it is infinite
 ADAPTED = "g_a.last.left"  # an adapter's first half; if there is one, every matrix of g_a and g_s has one of that rank
 CENTROIDS = "centroids"  # left out where they are zeros
 OFFSETS = "offsets"  # of dependent quantisation; weights without are of scalar quantisation
+TRELLIS = "trellis"  # of dependent quantisation; weights without have the one of eight states
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -183,16 +184,18 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
         }
         if identities(info.config, info.grids, arrays) != (info.entropy_id, info.synthesis_id):
             raise ValueError("its contents do not match its identity")
-        net = _network(info, arrays, device)
+        dependent = None
         if OFFSETS in arrays:
-            net.dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32))
+            trellis = arrays.get(TRELLIS, EIGHT_STATES).astype(np.int64)
+            dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32), trellis)
+        net = _network(info, arrays, dependent, device)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedError(f"{info.path}: damaged or incompatible weights: {reason}") from error
     return LoadedModel(info, net, tables["y"], tables["z"], device)
 
 
-def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> CodecModel:
+def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependent | None, device: str) -> CodecModel:
     """The network, exact, with its certificates checked. Raises ValueError, KeyError or RuntimeError."""
     import torch
 
@@ -200,6 +203,7 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
     from lic.model.codec import CodecModel
 
     net = CodecModel(Config.from_json(info.config))
+    net.quantise(dependent)
     net.g_s.limit = float(arrays[LIMIT][0]) if LIMIT in arrays else math.inf
     if ADAPTED in arrays:
         net.adapt(len(arrays[ADAPTED]))
@@ -208,7 +212,7 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], device: str) -> Cod
         if (
             name.partition(".")[0] in ("tables", "units")
             or name.endswith((SCALE, EXPONENT))
-            or name in (LIMIT, PACKED, OFFSETS)
+            or name in (LIMIT, PACKED, OFFSETS, TRELLIS)
         ):
             continue
         full = value.astype(np.float32)
@@ -245,7 +249,7 @@ def without_dependence(model: LoadedModel) -> LoadedModel:
 
     if model.net.dependent is None:
         return model
-    model.net.quantise_alone()
+    model.net.quantise(None)
     return replace(model, y_tables=gaussian_tables())
 
 
@@ -313,6 +317,7 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             arrays[name] = value
     if net.dependent is not None:
         arrays[OFFSETS] = _half(net.dependent.offsets)
+        arrays[TRELLIS] = net.dependent.trellis.astype(np.uint8)
     if not arrays[CENTROIDS].any():
         del arrays[CENTROIDS]
     if math.isfinite(net.g_s.limit):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from lic.model import dependent
 from lic.model.codec import CodecModel, expected_offset, gaussian_bits, round_for_rate
 from lic.model.context import Geometry, Prediction
 from lic.model.context.base import FRACTIONS, LOG_SCALE_0, LOG_SCALE_STEP, MEAN_LIMIT, Schedule
-from lic.model.dependent import LENGTH, NEXT, SPACING, Dependent, Forgetful, quantisers_of
+from lic.model.dependent import LENGTH, SPACING, Dependent, Forgetful
 from lic.model.hyperprior import Z_LIMIT
 from lic.model.store import LoadedModel
 
@@ -47,7 +47,7 @@ class SymbolCoder(Protocol):
         """
 
     def code_chains(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
     ) -> np.ndarray:
         """The next values of stream 0 in chains of dependent quantisation: those of the step that ``stream`` holds.
 
@@ -85,10 +85,10 @@ class Writer:
         return values
 
     def code_chains(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
     ) -> np.ndarray:
         assert values is not None
-        return self.code(0, rows + quantisers_of(values), tables, values, last=last)
+        return self.code(0, rows + quantiser.quantisers(values), quantiser.tables, values, last=last)
 
 
 class Reader:
@@ -120,9 +120,9 @@ class Reader:
         return values
 
     def code_chains(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
     ) -> np.ndarray:
-        values = self._open[0].pull_chains(rows, tables, NEXT.tolist(), LENGTH)
+        values = self._open[0].pull_chains(rows, quantiser.tables, quantiser.trellis.tolist(), LENGTH)
         if last:
             self._open.pop(0).finish()
         return values
@@ -152,12 +152,12 @@ class LeadingReader(Reader):
         return super().code(stream, rows, tables, values, last=last, repeat=repeat)
 
     def code_chains(
-        self, stream: int, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
     ) -> np.ndarray:
         if stream >= len(self.streams):
             return np.zeros(len(rows), np.int32)
         self.stream = stream
-        return super().code_chains(stream, rows, tables, values, last=last)
+        return super().code_chains(stream, rows, quantiser, values, last=last)
 
 
 @dataclass
@@ -295,24 +295,23 @@ def _dependent(
 ) -> _Coded:
     """Each latent at one of the integers that those before it in its chain leave it (:mod:`lic.model.dependent`)."""
     shape, device = predicted.shift.shape, predicted.shift.device
-    found: tuple[list[Any], ...] = ([], [], [])
-    for b, its in enumerate(symbols):
-        shift, eighths, scale_index = (t[b].flatten().cpu().numpy().astype(np.int64) for t in predicted)
-        given = None
-        if known is not None:
-            y = known.y[b].flatten().cpu().numpy()
-            if known.weight is None:
-                given = dependent.symbols_of(y.astype(np.int64) - shift, scale_index)
-            else:
-                weight = known.weight[b].flatten().cpu().numpy() * np.float32(SPACING**2)
-                from_mean = (y / np.float32(SPACING) - shift).astype(np.float32)
-                given = quantiser.choose(from_mean, scale_index, eighths, weight)
-        coded = quantiser.code(its, scale_index, eighths, given)
-        for values, its_values in zip(found, (coded.distances + shift, coded.offsets, coded.bits), strict=True):
-            values.append(its_values)
-    integers, offsets, bits = (torch.from_numpy(np.array(values)).float().to(device) for values in found)
+    shift, eighths, scale_index = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
+    given: Sequence[dependent.Ints | None] = [None] * len(symbols)
+    if known is not None:
+        y = known.y.flatten(1).cpu().numpy()
+        if known.weight is None:
+            distances = y.astype(np.int64) - shift
+            given = [quantiser.symbols_of(*its) for its in zip(distances, scale_index, strict=True)]
+        else:
+            weight = known.weight.flatten(1).cpu().numpy() * np.float32(SPACING**2)
+            from_mean = (y / np.float32(SPACING) - shift).astype(np.float32)
+            given = list(quantiser.choose(from_mean, scale_index, eighths, weight))
+    coded = [quantiser.code(*its) for its in zip(symbols, scale_index, eighths, given, strict=True)]
+    distances, offsets, bits = (np.array(values) for values in zip(*coded, strict=True))
+    found = (torch.from_numpy(values).float().to(device) for values in (distances + shift, offsets, bits))
+    integers, offset, total = found
     integers = integers.view(shape)
-    return _Coded(integers, (integers + offsets.view(shape)) * SPACING, bits)
+    return _Coded(integers, (integers + offset.view(shape)) * SPACING, total)
 
 
 @dataclass(frozen=True)
@@ -322,8 +321,8 @@ class _OfStep:
     symbols: SymbolCoder
     place: Place
 
-    def code_chains(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None) -> np.ndarray:
-        return self.symbols.code_chains(self.place.stream, rows, tables, values, last=self.place.ends_tile)
+    def code_chains(self, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
+        return self.symbols.code_chains(self.place.stream, rows, quantiser, values, last=self.place.ends_tile)
 
     def code(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool) -> np.ndarray:
         last = last and self.place.ends_stream

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from lic.coder import SCALES, Tables
 from lic.exact import exact_arithmetic
-from lic.model import dependent
 from lic.model.codec import CodecModel
 from lic.model.context import Geometry
 from lic.model.dependent import (
@@ -25,7 +25,6 @@ from lic.model.dependent import (
     QUANTISERS,
     SPACING,
     Dependent,
-    Forgetful,
     Kinds,
     distance,
 )
@@ -39,6 +38,23 @@ SMALL = QUANTISERS  # third index of counts: quantisers of latents in chains, an
 _SYMBOLS = np.arange(-LIMIT, LIMIT + 1)
 
 
+def trellis_of(h0: int, h1: int) -> np.ndarray:
+    """The trellis (states, 2) of a systematic feedback code of rate 1/2 with these parity-check polynomials.
+
+    (Ungerboeck 1982, IEEE Trans. Inf. Theory 28(1).) The parities p and quantisers q of a chain satisfy
+    h0·q + h1·p = 0, the lowest bit of a polynomial being the present one; h0 begins and ends with 1, h1 with 0.
+    ValueError for other polynomials.
+    """
+    memory = h0.bit_length() - 1
+    if not h0 & 1 or h1 & 1 or h1.bit_length() > memory or not h1:
+        raise ValueError("no parity-check polynomials of a trellis")
+    state, parity = np.arange(2**memory)[:, None], np.arange(2)
+    return np.asarray(state >> 1 ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * parity)
+
+
+TRELLIS = trellis_of(0o235, 0o126)
+
+
 class Statistics:
     """Counts (scale, fraction, quantiser or SMALL, symbol), and sums of what offsets should be."""
 
@@ -46,14 +62,11 @@ class Statistics:
         self.counts = np.zeros((len(SCALES), FRACTIONS, QUANTISERS + 1, len(_SYMBOLS)))
         self.sums, self.weights = np.zeros((2, len(SCALES), QUANTISERS, OFFSETS))
 
-    def add(self, y: np.ndarray, symbols: np.ndarray, scale_index: np.ndarray, eighths: np.ndarray) -> None:
-        """The latents of a step (N,), in integers from the rounded mean."""
-        kinds = Kinds.of(scale_index)
-        kind = np.full(len(y), SMALL)
-        for at in kinds[1:]:
-            kind[at] = dependent.quantisers_of(symbols[at])
-        np.add.at(self.counts, (scale_index, eighths, kind, symbols.clip(-LIMIT, LIMIT) + LIMIT), 1)
-        quantiser = kind % SMALL
+    def add(self, chosen: Chosen) -> None:
+        """What was chosen for the latents of a step."""
+        y, _, symbols, quantisers, scale_index, eighths = chosen
+        np.add.at(self.counts, (scale_index, eighths, quantisers, symbols.clip(-LIMIT, LIMIT) + LIMIT), 1)
+        quantiser = quantisers % SMALL
         fraction = (eighths - FRACTIONS // 2) / FRACTIONS
         towards = np.where(symbols == 0, fraction, np.sign(symbols))
         entry = scale_index, quantiser, np.minimum(np.abs(symbols), OFFSETS - 1)
@@ -61,7 +74,24 @@ class Statistics:
         np.add.at(self.weights, entry, towards**2)
 
 
-def fit(net: CodecModel, crops: Iterable[tuple[Tensor, Tensor]], iterations: int = 6) -> Dependent:
+@torch.no_grad()
+def quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers (B, h, w, M) that are chosen for latents y in quantiser steps, and half the distances to the next values
+    that they could have, below and above, (2, B, h, w, M) in half integers, 1 or 2."""
+    schedule = net.context.schedule
+    integers, halves = torch.empty_like(y), y.new_empty(2, *y.shape)
+    for step, chosen in enumerate(chosen_steps(net, y, z, code)):
+        shape, quantisers = schedule.take(y, step).shape, chosen.quantisers % SMALL
+        here, before, after = (distance(chosen.symbols + d, quantisers) for d in (0, -1, 1))
+        of_step = chosen.shift + here, here - before, after - here
+        for target, values in zip((integers, *halves), of_step, strict=True):
+            schedule.put(target, step, torch.from_numpy(values).float().view(shape))
+    return integers, halves
+
+
+def fit(
+    net: CodecModel, crops: Iterable[tuple[Tensor, Tensor]], trellis: np.ndarray = TRELLIS, iterations: int = 6
+) -> Dependent:
     """Dependent quantisation for a model with frozen weights, its entropy path exact, from latents of pixels and codes.
 
     Begins with Gaussians; every iteration chooses with the tables of the one before, all but the last two with a third
@@ -71,21 +101,41 @@ def fit(net: CodecModel, crops: Iterable[tuple[Tensor, Tensor]], iterations: int
     for x, code in crops:
         y = net.corrected(x, net.analysis(x, code), code)
         latents.append((y, torch.round(net.hyper_analysis(y, code)), code))
-    found = _fitted(Statistics())
+    found = _fitted(Statistics(), trellis)
     for i in range(iterations):
-        net.dependent = found
-        net.unit_tables = None
-        net.unit_tables = net.make_unit_tables()
+        net.quantise(found)
         statistics = Statistics()
         for y, z, code in latents if i >= iterations - 2 else latents[i % 3 :: 3]:
-            _observe(net, y, z, code, statistics)
-        found = _fitted(statistics)
-    net.dependent = found
+            for chosen in chosen_steps(net, y, z, code):
+                statistics.add(chosen)
+        found = _fitted(statistics, trellis)
+    net.quantise(found)
     return found
 
 
+class Chosen(NamedTuple):
+    """A step of a batch of crops, all (B, N): y in integers from the rounded mean ``shift``, the symbols chosen for it
+    and their quantisers, SMALL for those in no chain, and what they are coded with."""
+
+    y: np.ndarray
+    shift: np.ndarray
+    symbols: np.ndarray
+    quantisers: np.ndarray
+    scale_index: np.ndarray
+    eighths: np.ndarray
+
+
+def _quantisers(quantiser: Dependent, symbols: np.ndarray, scale_index: np.ndarray) -> np.ndarray:
+    result = np.full(symbols.shape, SMALL)
+    for its_result, its_symbols, its_scale_index in zip(result, symbols, scale_index, strict=True):
+        for at in Kinds.of(its_scale_index)[1:]:
+            its_result[at] = quantiser.quantisers(its_symbols[at])
+    return result
+
+
 @torch.no_grad()
-def _observe(net: CodecModel, y: Tensor, z: Tensor, code: Tensor, statistics: Statistics) -> None:
+def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Iterator[Chosen]:
+    """Dependent quantisation of latents y (B, h, w, M) in quantiser steps, step by step with the context of its own."""
     assert net.dependent is not None
     geometry, schedule = Geometry(*y.shape[:3]), net.context.schedule
     weight = (net.rounding_weight(code) * SPACING**2)[:, None, None].expand_as(y)
@@ -93,21 +143,18 @@ def _observe(net: CodecModel, y: Tensor, z: Tensor, code: Tensor, statistics: St
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
         for step in range(schedule.steps(geometry)):
             predicted = predicted_integers(net.context.predict(state, step))
-            part = schedule.take(y, step) / SPACING - predicted.shift
-            integers = predicted.shift.float()
-            for b, (its_y, its_weight) in enumerate(zip(part, schedule.take(weight, step), strict=True)):
-                scale_index, eighths = (
-                    t[b].flatten().numpy().astype(np.int64) for t in (predicted.scale_index, predicted.fraction)
-                )
-                from_mean = its_y.flatten().numpy()
-                symbols = net.dependent.choose(from_mean, scale_index, eighths, its_weight.flatten().numpy())
-                coded = net.dependent.code(Forgetful(), scale_index, eighths, symbols)
-                statistics.add(from_mean, symbols, scale_index, eighths)
-                integers[b] += torch.from_numpy(coded.distances).view(its_y.shape)
-            state = net.context.observe(state, step, integers)
+            shape = predicted.shift.shape
+            shift, eighths, scale_index = (t.flatten(1).numpy().astype(np.int64) for t in predicted)
+            from_mean = (schedule.take(y, step) / SPACING - predicted.shift).flatten(1).numpy()
+            its_weight = schedule.take(weight, step).flatten(1).numpy()
+            symbols = net.dependent.choose(from_mean, scale_index, eighths, its_weight)
+            quantisers = _quantisers(net.dependent, symbols, scale_index)
+            yield Chosen(from_mean, shift, symbols, quantisers, scale_index, eighths)
+            integers = torch.from_numpy(shift + distance(symbols, quantisers % SMALL)).float()
+            state = net.context.observe(state, step, integers.view(shape))
 
 
-def _fitted(statistics: Statistics) -> Dependent:
+def _fitted(statistics: Statistics, trellis: np.ndarray = TRELLIS) -> Dependent:
     """Tables and offsets from what was seen, in the order of the rows of :class:`Dependent`."""
     counts = statistics.counts
     # What is left and right of the mean is alike.
@@ -159,7 +206,7 @@ def _fitted(statistics: Statistics) -> Dependent:
         offsets.append(-half)
         raw_bits.append(k)
     offset = statistics.sums / (statistics.weights + 30)
-    return Dependent(Tables.from_pmfs(pmfs, offsets, raw_bits), offset.astype(np.float32))
+    return Dependent(Tables.from_pmfs(pmfs, offsets, raw_bits), offset.astype(np.float32), trellis)
 
 
 def _gaussian(symbols: np.ndarray, scale: float, mean: float, quantiser: int) -> np.ndarray:

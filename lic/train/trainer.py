@@ -255,6 +255,8 @@ class Trainer:
                 self.fit_shortcut(source)
         elif self.settings.part != "context" or self.settings.exact_part:
             raise LicError("stored latents train a context model alone (--part context), and not its integers")
+        else:
+            self.model.spacing = source.spacing
         end = time.monotonic() + minutes * 60
         last = saved = since = time.monotonic()
         pixels = self.pixels
@@ -367,10 +369,10 @@ class Trainer:
             distortion = MS_SSIM_WORTH * (1 - ms_ssim(shown, seen))
         return _weighted(out.y_bits, out.z_bits, distortion, code, x.shape[1] * x.shape[2])
 
-    def rate_loss(self, y_hat: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`loss`, of latents (B, h, w, M) and (B, h/4, w/4, C) that cost bits only."""
+    def rate_loss(self, y_hat: Tensor, z: Tensor, code: Tensor, halves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As :meth:`loss`, of latents that cost bits only, as :meth:`CodecModel.rate` wants them."""
         with self.autocast():
-            y_bits, z_bits = self.model.rate(y_hat, z, code)
+            y_bits, z_bits = self.model.rate(y_hat, z, code, halves)
         pixels = y_hat.shape[1] * y_hat.shape[2] * DOWNSAMPLING**2
         return _weighted(y_bits, z_bits, torch.zeros_like(y_bits), code, pixels)
 
