@@ -64,11 +64,11 @@ class _Recorder:
         self.rows.update(rows.astype("<i4").tobytes())
         return self.inner.code(stream, rows, tables, values, last=last, repeat=repeat)
 
-    def code_chains(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
+    def code_chain(
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
     ) -> np.ndarray:
         self.rows.update(rows.astype("<i4").tobytes())
-        return self.inner.code_chains(stream, rows, quantiser, values, last=last)
+        return self.inner.code_chain(stream, rows, quantiser, values, repeat=repeat)
 
 
 @dataclass(frozen=True)

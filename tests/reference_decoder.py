@@ -366,7 +366,7 @@ class Weights:
         settings = {**self.config, "grids": self.grids, "revision": 2}
         settings.pop("name", None)
         settled = json.dumps(settings, sort_keys=True).encode()
-        self.entropy_id = self._digest(settled, ("h_s", "context", "units", "tables"))[:4]
+        self.entropy_id = self._digest(settled, ("h_s", "context", "units", "tables", "trellis"))[:4]
         self.synthesis_id = self._digest(b"", SYNTHESIS)[:2]
         self.y, self.z = (
             Tables(*(self.arrays[f"tables.{part}.{name}"] for name in ("cdf", "size", "offset", "raw_bits")))
@@ -534,50 +534,40 @@ def scales_and_means(answer: Activation, log2: Ints, index: Ints) -> tuple[Ints,
     return i, e + 4 - 8 * m, m
 
 
-LENGTH = 512  # of a chain
-EIGHT_STATES = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]])
-
-
-def state_after(trellis: Ints, n: int, state: int, k: int) -> int:
-    """The state of latent n + 1 of a kind, where latent n has a state and the symbol k (5.12)."""
-    return int(trellis[state, k % 2]) if (n + 1) % LENGTH else 0
-
-
-def read_dependent(first: Stream, stream: Stream, tables: Tables, trellis: Ints, i: Ints, j: Ints) -> Ints:
-    """ŷ - m of the latents of a step, (N,) (5.12). first: stream 0; stream: that of the step."""
+def read_dependent(stream: Stream, tables: Tables, trellis: Ints, i: Ints, j: Ints) -> Ints:
+    """ŷ - m of the latents of a step, (N,) (5.12)."""
     count = np.bincount(i, minlength=64)
     t = next(t for t in range(8, 18) if count[t:17].sum() <= len(i) // 6)
     large, medium, small = (np.flatnonzero(kind) for kind in (i >= 17, (i >= t) & (i < 17), i < t))
     k, q = (np.zeros(len(i), np.int64) for _ in range(2))
 
     state = 0
-    for n, at in enumerate(medium):
+    for at in medium:
         q[at] = state % 2
-        (k[at],) = first.read(tables, [int(136 + 16 * (i[at] - 8) + 2 * j[at] + q[at])])
-        state = state_after(trellis, n, state, int(k[at]))
+        (k[at],) = stream.read(tables, [int(136 + 16 * (i[at] - 8) + 2 * j[at] + q[at])])
+        state = trellis[state, k[at] % 2]
 
     c = 4 * (i[large] - 17) + j[large] // 2
     parity = stream.read(tables, (280 + c).tolist())
     require(set(parity) <= {0, 1}, "a parity is out of range")
-    state = 0
-    for n, at in enumerate(large):
+    for at, odd in zip(large, parity, strict=True):
         q[at] = state % 2
-        state = state_after(trellis, n, state, parity[n])
-    odd = np.array(parity, np.int64)
-    k[large] = 2 * np.array(stream.read(tables, (468 + 4 * c + 2 * q[large] + odd).tolist()), np.int64) + odd
+        state = trellis[state, odd]
+    rest = stream.read(tables, (468 + 4 * c + 2 * q[large] + parity).tolist())
+    k[large] = 2 * np.array(rest, np.int64) + np.array(parity, np.int64)
 
     k[small] = stream.read(tables, (8 * i[small] + j[small]).tolist())
     return 2 * k - np.where(k < 0, -q, np.where(k > 0, q, 0))
 
 
 class Tile:
-    """A tile whose hyper-latents are known. y: (row, column, channel), as far as it has been read. first: stream 0.
+    """A tile whose hyper-latents are known. y: (row, column, channel), as far as it has been read.
 
     A *place* below stands for latents: arrays of rows, columns and channels, which broadcast to one shape, (..., C).
     """
 
-    def __init__(self, weights: Weights, code: int, z: Ints, first: Stream) -> None:
-        self.weights, self.code, self.psi, self.first = weights, code, hyper_synthesis(z, weights, code), first
+    def __init__(self, weights: Weights, code: int, z: Ints) -> None:
+        self.weights, self.code, self.psi = weights, code, hyper_synthesis(z, weights, code)
         self.log2, self.index = (interpolate(weights.ints(f"units.{name}"), code) for name in ("log2", "index"))
         self.y = np.zeros((4 * z.shape[0], 4 * z.shape[1], weights.config["latent"]), np.int64)
 
@@ -592,8 +582,7 @@ class Tile:
         i, j, m = scales_and_means(answer, self.log2[place[2]], self.index[place[2]])
         tables = self.weights.y
         if "offsets" in self.weights.arrays:
-            trellis = self.weights.arrays.get("trellis", EIGHT_STATES)
-            values = read_dependent(self.first, stream, tables, trellis, i.ravel(), j.ravel())
+            values = read_dependent(stream, tables, self.weights.arrays["trellis"], i.ravel(), j.ravel())
         else:
             values = np.array(stream.read(tables, (8 * i + j).ravel().tolist()), np.int64)
         self.y[place] = values.reshape(m.shape) + m
@@ -912,7 +901,7 @@ def decode_tile(data: list[bytes], width: int, height: int, weights: Weights, co
     """data: the streams of the tile."""
     first, *others = streams = [Stream(part) for part in data]
     z = hyper_latents(first, weights, code, -(-height // 64), -(-width // 64))
-    tile = Tile(weights, code, z, first)
+    tile = Tile(weights, code, z)
     SYSTEMS[weights.config["system"]](tile).decode(others)
     for stream in streams:
         stream.end()

@@ -188,8 +188,7 @@ class Decoder:
         coded = self._coded_rows(rows, tables)
         symbols: Ints = np.zeros(0, dtype=np.int64)
         if self._repeated is not None and not self._repeated.fits(coded, tables):
-            for its_rows, its_tables in self._repeated.parts:  # from here on in Python, which has to catch up
-                self._range.read(its_rows.tolist(), its_tables.lists)
+            self._catch_up()
             self._repeated = None
         if len(coded) and self._repeated is not None:
             symbols = self._repeated.read(coded, tables)
@@ -197,24 +196,24 @@ class Decoder:
             symbols = np.array(self._range.read(coded.tolist(), tables.lists), dtype=np.int64)
         return self._assemble(symbols, coded, rows, tables)
 
-    def pull_chains(self, rows: Ints, tables: Tables, next_state: Sequence[Sequence[int]], length: int) -> IntArray:
-        """The next (N,) values in chains of ``length``, whose rows depend on the values before.
+    def pull_chain(self, rows: Ints, tables: Tables, next_state: Sequence[Sequence[int]]) -> IntArray:
+        """The next (N,) values, a chain: their rows depend on the values before.
 
-        A chain begins in state 0. A value in an odd state has the row behind the one of ``rows``, none of them skipped,
-        and is followed by the state ``next_state[state][value & 1]``. In Python: not for decoders that ``repeat``.
+        It begins in state 0. A value in an odd state has the row behind the one of ``rows``, none of them skipped,
+        and is followed by the state ``next_state[state][value & 1]``. In Python, whatever reads the rest.
         """
-        assert self._repeated is None
         rows = self._coded_rows(_checked_rows(rows, tables), tables)
+        self._catch_up()
         offset, escape = tables.offset.tolist(), (tables.size - 1).tolist()
         symbols: list[int] = []
         values: list[int] = []
+        used: list[int] = []
 
         def chosen() -> Iterator[int]:
             state = 0
-            for i, row in enumerate(rows.tolist()):
-                if i % length == 0:
-                    state = 0
+            for row in rows.tolist():
                 row += state & 1
+                used.append(row)
                 yield row
                 value = symbols[-1]
                 if value == escape[row]:
@@ -228,7 +227,20 @@ class Decoder:
             self._range.read(chosen(), tables.lists, symbols)
         if max(map(abs, values), default=0) > VALUE_LIMIT:
             raise CorruptError("damaged data: a value out of range")
+        if self._repeated is not None:
+            read = np.array(used, dtype=np.intp)
+            if self._repeated.fits(read, tables):
+                self._repeated.append(read, tables, np.array(symbols, dtype=np.int64))
+            else:
+                self._repeated = None
         return np.array(values, dtype=np.int32)
+
+    def _catch_up(self) -> None:
+        """Read in Python what torchac alone has read."""
+        if self._repeated is not None:
+            for rows, tables in self._repeated.ahead:
+                self._range.read(rows.tolist(), tables.lists)
+            self._repeated.ahead.clear()
 
     def finish(self) -> None:
         """Raises CorruptError unless the values pulled so far are exactly the whole stream."""
@@ -298,12 +310,12 @@ class Decoder:
 class _Repeated:
     """Reads a stream with torchac, from its beginning each time that more of its rows are known.
 
-    ``parts``: the rows that it has been asked for, and their tables.
+    ``ahead``: rows that nobody else has read, and their tables.
     """
 
     def __init__(self, data: bytes) -> None:
         self.cost = 0  # of the symbols so far, but for the flag
-        self.parts: list[tuple[Ints, Tables]] = []
+        self.ahead: list[tuple[Ints, Tables]] = []
         self._data = data
         self._cdfs = np.array([_FLAG_ROW[:2]], dtype=np.uint16)
 
@@ -315,17 +327,26 @@ class _Repeated:
 
     def read(self, rows: Ints, tables: Tables) -> Ints:
         """Symbols of the next rows, at least one and none of them skipped. Raises CorruptError."""
-        before, width = len(self._cdfs), int(tables.size[rows].max()) + 2
-        cdfs = np.full((before + len(rows), max(width, self._cdfs.shape[1])), END, dtype=np.uint16)
-        cdfs[:before, : self._cdfs.shape[1]] = self._cdfs
-        cdfs[before:, :width] = np.take(tables.cdf[:, :width], rows, axis=0)
-        symbols = torchac_backend.decode(self._data, cdfs)[before:]
-        self._cdfs = cdfs
-        self.parts.append((rows, tables))
+        before = len(self._cdfs)
+        self._extend(rows, tables)
+        symbols = torchac_backend.decode(self._data, self._cdfs)[before:]
         if np.any(symbols >= tables.size[rows]):
             raise CorruptError("damaged data: a symbol outside the coder's alphabet")
         self.cost += int(tables.cost[rows, symbols].sum())
+        self.ahead.append((rows, tables))
         return symbols
+
+    def append(self, rows: Ints, tables: Tables, symbols: Ints) -> None:
+        """The next rows, whose symbols are known."""
+        self._extend(rows, tables)
+        self.cost += int(tables.cost[rows, symbols].sum())
+
+    def _extend(self, rows: Ints, tables: Tables) -> None:
+        before, width = len(self._cdfs), int(tables.size[rows].max(initial=2)) + 2
+        cdfs = np.full((before + len(rows), max(width, self._cdfs.shape[1])), END, dtype=np.uint16)
+        cdfs[:before, : self._cdfs.shape[1]] = self._cdfs
+        cdfs[before:, :width] = np.take(tables.cdf[:, :width], rows, axis=0)
+        self._cdfs = cdfs
 
 
 def _least_bits(cost: int) -> int:

@@ -3,7 +3,7 @@
     fixed part      18 bytes, ``_FIXED``
     variable part   bits: model name, geometry, length of every stream; padded to a whole byte
     section table   only if there are sections: kind and length of each
-    streams         stream-major: stream 0 (hyper-latents, some latents) of all tiles, then stream 1 of all tiles, ...
+    streams         stream-major: stream 0 (hyper-latents) of all tiles, then stream 1 of all tiles, ...
     sections
     CRC-32          of all bytes before it
 

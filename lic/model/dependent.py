@@ -20,7 +20,7 @@ step are of three kinds, by the scale that is predicted for them:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,13 +32,12 @@ from lic.errors import CorruptError
 
 SPACING_LOG2 = -3400  # of the integers' distance in quantiser steps: 9/16, in 4096ths of an octave
 SPACING = 2.0 ** (SPACING_LOG2 / 4096)
-LENGTH = 512  # of a chain
+BLOCK, WINDOW = 512, 128  # latents that the search goes through at a time, and looks at each way to tie these up
 LEAST, LARGE = 8, 17  # scale indices from which latents are medium and large
 MEDIUM_SHARE = 6  # at most one latent of a step in so many is medium
 FRACTIONS = 8  # positions of the mean between two integers
 COARSE = 4  # of them that tables of large latents tell apart
 QUANTISERS = 2
-EIGHT_STATES = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]])  # the trellis of VVC
 MAX_STATES = 256
 OFFSETS = 4  # magnitudes of symbols that offsets tell apart: 0, 1, 2, more
 
@@ -55,7 +54,7 @@ Floats = npt.NDArray[np.float32]
 class SymbolCoder(Protocol):
     """What codes the symbols of a step, in this order; values are None for readers."""
 
-    def code_chains(self, rows: Ints, quantiser: Dependent, values: Ints | None) -> Ints:
+    def code_chain(self, rows: Ints, quantiser: Dependent, values: Ints | None) -> Ints:
         """Symbols (N,) of medium latents, with the rows of quantiser 0; those of quantiser 1 are the next ones."""
 
     def code(self, rows: Ints, tables: Tables, values: Ints | None, *, last: bool) -> Ints:
@@ -65,7 +64,7 @@ class SymbolCoder(Protocol):
 class Forgetful:
     """A :class:`SymbolCoder` for who only wants to know what would be coded."""
 
-    def code_chains(self, rows: Ints, quantiser: Dependent, values: Ints | None) -> Ints:
+    def code_chain(self, rows: Ints, quantiser: Dependent, values: Ints | None) -> Ints:
         assert values is not None
         return values
 
@@ -106,21 +105,6 @@ def distance(symbol: Ints, quantiser: Ints | int) -> Ints:
     return result
 
 
-def _links(runs: Sequence[int]) -> list[Ints]:
-    """The first, second, ... links of all chains of latents in runs of such lengths, one behind another; no list is
-    longer than the one before, and the chains are in one order."""
-    starts, lengths = [], []
-    end = 0
-    for run in runs:
-        begin, end = end, end + run
-        starts.append(np.arange(begin, end, LENGTH))
-        lengths.append(np.minimum(LENGTH, end - starts[-1]))
-    begins, counts = np.concatenate(starts), np.concatenate(lengths)
-    order = np.argsort(-counts, kind="stable")
-    begins, counts = begins[order], counts[order]
-    return [begins[: np.count_nonzero(counts > i)] + i for i in range(counts.max(initial=0))]
-
-
 @dataclass(frozen=True, eq=False)
 class Dependent:
     """What dependent quantisation of a model needs besides its networks.
@@ -133,7 +117,7 @@ class Dependent:
 
     tables: Tables
     offsets: Floats
-    trellis: Ints = field(default_factory=EIGHT_STATES.copy)
+    trellis: Ints
 
     def __post_init__(self) -> None:
         states = len(self.trellis)
@@ -158,45 +142,42 @@ class Dependent:
         shape, n = scale_index.shape, scale_index.shape[-1]
         by_tile = [Kinds.of(its) for its in np.atleast_2d(scale_index)]
         kinds = [np.concatenate([n * b + at for b, at in enumerate(its)]) for its in zip(*by_tile, strict=True)]
-        runs = [len(its[kind]) for kind in (1, 2) for its in by_tile]
+        chains = [np.concatenate([n * b + its.medium, n * b + its.large]) for b, its in enumerate(by_tile)]
         y, weight, scale_index, eighths = y.ravel(), weight.ravel(), scale_index.ravel(), eighths.ravel()
-        result = np.empty(len(y), np.int64)
-        parts = []
+        costs = np.empty((2 * QUANTISERS, len(y)), np.float32)
+        symbols = np.empty((2 * QUANTISERS, len(y)), np.int64)
         for kind, at in enumerate(kinds):
-            latents = y[at], scale_index[at], eighths[at], weight[at]
-            best = [self._best(*latents, quantiser, kind) for quantiser in range(QUANTISERS if kind else 1)]
-            parts.append([np.concatenate(both) for both in zip(*best, strict=True)])
-        (costs, symbols), *chained = parts
-        result[kinds[0]] = np.where(costs[0] <= costs[1], symbols[0], symbols[1])
-        costs, symbols = (np.concatenate(both, axis=1) for both in zip(*chained, strict=True))
-        path = self._least_path(costs, _links(runs))
-        result[np.concatenate(kinds[1:])] = np.take_along_axis(symbols, path[None], axis=0)[0]
+            for quantiser in range(QUANTISERS if kind else 1):
+                both = slice(2 * quantiser, 2 * quantiser + 2)
+                costs[both, at], symbols[both, at] = self._best(
+                    y[at], scale_index[at], eighths[at], weight[at], quantiser, kind
+                )
+        result = np.where(costs[0] <= costs[1], symbols[0], symbols[1])
+        chained = np.concatenate(chains)
+        path = self._least_path(costs[:, chained], [len(chain) for chain in chains])
+        result[chained] = np.take_along_axis(symbols[:, chained], path[None], axis=0)[0]
         return result.reshape(shape)
 
-    def quantisers(self, symbols: Ints) -> Ints:
-        """Of symbols (N,) in chains of LENGTH, one after another; only their parities count."""
-        chains = -(-len(symbols) // LENGTH)
-        parities = np.zeros((chains, LENGTH), np.int64)
-        parities.ravel()[: len(symbols)] = symbols & 1
-        states = np.empty_like(parities)
-        state = np.zeros(chains, np.int64)
-        for i in range(min(LENGTH, len(symbols))):
-            states[:, i] = state
-            state = self.trellis[state, parities[:, i]]
-        return (states % QUANTISERS).ravel()[: len(symbols)]
+    def quantisers(self, symbols: Ints, state: int = 0) -> tuple[Ints, int]:
+        """Of the next symbols (N,) of a chain in this state, and the state behind them; only their parities count."""
+        after, states = self.trellis.tolist(), []
+        for parity in (symbols & 1).tolist():
+            states.append(state)
+            state = after[state][parity]
+        return np.array(states, np.int64) % QUANTISERS, state
 
     def symbols_of(self, distances: Ints, scale_index: Ints) -> Ints:
         """Symbols of the latents of a step (N,); of distances that those before do not allow, those next to them."""
         small, medium, large = Kinds.of(scale_index)
         symbols = np.empty_like(distances)
         symbols[small] = distances[small] >> 1
-        chained, links = np.concatenate([medium, large]), _links([len(medium), len(large)])
-        state = np.zeros(len(links[0]) if links else 0, np.int64)
-        for link in links:
-            at, states = distances[chained[link]], state[: len(link)]
-            found = at + np.sign(at) * (states % QUANTISERS) >> 1
-            symbols[chained[link]] = found
-            states[:] = self.trellis[states, found & 1]
+        chain, after, state = np.concatenate([medium, large]), self.trellis.tolist(), 0
+        found = []
+        for at in distances[chain].tolist():
+            quantiser = state % QUANTISERS
+            found.append(at + (quantiser if at > 0 else -quantiser if at < 0 else 0) >> 1)
+            state = after[state][found[-1] & 1]
+        symbols[chain] = found
         return symbols
 
     def code(self, symbols: SymbolCoder, scale_index: Ints, eighths: Ints, given: Ints | None) -> Coded:
@@ -205,13 +186,13 @@ class Dependent:
         small, medium, large = kinds
         values, quantisers = np.zeros((2, len(scale_index)), np.int64)
         rows = _medium_rows(scale_index[medium], eighths[medium])
-        values[medium] = symbols.code_chains(rows, self, None if given is None else given[medium])
-        quantisers[medium] = self.quantisers(values[medium])
+        values[medium] = symbols.code_chain(rows, self, None if given is None else given[medium])
+        quantisers[medium], state = self.quantisers(values[medium])
         rows, rest_rows = _large_rows(scale_index[large], eighths[large])
         parities = symbols.code(rows, self.tables, None if given is None else given[large] & 1, last=False)
         if given is None and np.any(parities & ~1):
             raise CorruptError("damaged: a parity is out of range")
-        quantisers[large] = self.quantisers(parities)
+        quantisers[large], _ = self.quantisers(parities, state)
         rows = np.concatenate(
             [rest_rows + 2 * quantisers[large] + parities, _small_rows(scale_index[small], eighths[small])]
         )
@@ -225,33 +206,56 @@ class Dependent:
                 bits += float(lengths.sum(dtype=np.float64))
         return Coded(distance(values, quantisers), self._offset(values, quantisers, scale_index, eighths), bits)
 
-    def _least_path(self, costs: Floats, links: Sequence[Ints]) -> Ints:
-        """The branch, 2·quantiser + parity, of each of N latents in chains on the paths of least cost (4, N)."""
+    def _least_path(self, costs: Floats, runs: Sequence[int]) -> Ints:
+        """The branch, 2·quantiser + parity, of each of N latents in chains of these lengths, of nearly the least cost.
+
+        costs: of the branches, (4, N). A chain is searched in blocks side by side. The state between two of them is
+        that of the least path through the latents around.
+        """
+        counts, ends = [-(-run // BLOCK) for run in runs], np.cumsum(runs)
+        starts = ends - runs
+        begins = np.concatenate([np.arange(*chain, BLOCK) for chain in zip(starts, ends, strict=True)])
+        end = np.repeat(ends, counts)  # of the chain of each block
+        stops = np.minimum(begins + BLOCK, end)
+        inner = stops < end
+        borders, free = stops[inner], np.full(np.count_nonzero(inner), -1)
+        _, states = self._search(costs, borders - WINDOW, np.minimum(borders + WINDOW, end[inner]), free, free)
+        first = np.where(begins == np.repeat(starts, counts), 0, states[begins])
+        last = np.full(len(begins), -1)
+        last[inner] = states[borders]
+        return self._search(costs, begins, stops, first, last)[0]
+
+    def _search(self, costs: Floats, begins: Ints, ends: Ints, first: Ints, last: Ints) -> tuple[Ints, Ints]:
+        """Branches, and states before them, (N,) each, on the paths of least cost through some parts of N latents.
+
+        first, last: states that the paths begin and end in, -1 for any.
+        """
         states = len(self.trellis)
         # The two ways into each state: the states before, and the branches.
         before, parity = np.divmod(np.argsort(self.trellis, axis=None, kind="stable").reshape(states, 2).T, 2)
         branch = 2 * (before % QUANTISERS) + parity
-        chains = len(links[0]) if links else 0
-        total = np.full((states, chains), np.inf, np.float32)
-        total[0] = 0
+        order = np.argsort(begins - ends, kind="stable")  # the longest first
+        begins, lengths, first, last = begins[order], (ends - begins)[order], first[order], last[order]
+        links = [begins[: np.count_nonzero(lengths > i)] + i for i in range(lengths.max(initial=0))]
+        total = np.where((first < 0) | (np.arange(states)[:, None] == first), 0, np.inf).astype(np.float32)
         choices = []
         for link in links:
             n = len(link)
             its = costs[:, link]
-            first, second = (
+            one, other = (
                 total[:, :n].take(way, axis=0) + its.take(by, axis=0) for way, by in zip(before, branch, strict=True)
             )
-            choices.append(second < first)
-            np.minimum(first, second, out=total[:, :n])
+            choices.append(other < one)
+            np.minimum(one, other, out=total[:, :n])
             total[:, :n] -= total[:, :n].min(axis=0)  # so that single precision is enough
-        path = np.zeros(costs.shape[1], np.int64)
-        state = total.argmin(axis=0)
+        path, passed = np.zeros((2, costs.shape[1]), np.int64)
+        state = np.where(last < 0, total.argmin(axis=0), last) if len(links) else last
         for link, choice in zip(reversed(links), reversed(choices), strict=True):
             n = len(link)
             way = choice[state[:n], np.arange(n)].astype(np.int64)
             path[link] = branch[way, state[:n]]
-            state[:n] = before[way, state[:n]]
-        return path
+            passed[link] = state[:n] = before[way, state[:n]]
+        return path, passed
 
     def _best(
         self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats, quantiser: int, kind: int

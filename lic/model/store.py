@@ -29,7 +29,7 @@ from lic.coder import Tables
 from lic.container import Header
 from lic.errors import LicError, UnsupportedError
 from lic.model.config import Config
-from lic.model.dependent import EIGHT_STATES, Dependent
+from lic.model.dependent import Dependent
 from lic.quality import Tune
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 EXACT_PARTS = ("h_s", "context")
-ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables")
+ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables", "trellis")
 SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets")
 REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
 NETWORKS = ("g_a", "g_s", "h_a")
@@ -49,7 +49,7 @@ LIMIT = "g_s.limit"  # Synthesis.limit, left out where it is infinite
 ADAPTED = "g_a.last.left"  # an adapter's first half; if there is one, every matrix of g_a and g_s has one of that rank
 CENTROIDS = "centroids"  # left out where they are zeros
 OFFSETS = "offsets"  # of dependent quantisation; weights without are of scalar quantisation
-TRELLIS = "trellis"  # of dependent quantisation; weights without have the one of eight states
+TRELLIS = "trellis"  # of dependent quantisation
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -186,7 +186,7 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
             raise ValueError("its contents do not match its identity")
         dependent = None
         if OFFSETS in arrays:
-            trellis = arrays.get(TRELLIS, EIGHT_STATES).astype(np.int64)
+            trellis = arrays[TRELLIS].astype(np.int64)
             dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32), trellis)
         net = _network(info, arrays, dependent, device)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:

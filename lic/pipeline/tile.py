@@ -22,7 +22,7 @@ from lic.model import dependent
 from lic.model.codec import CodecModel, expected_offset, gaussian_bits, round_for_rate
 from lic.model.context import Geometry, Prediction
 from lic.model.context.base import FRACTIONS, LOG_SCALE_0, LOG_SCALE_STEP, MEAN_LIMIT, Schedule
-from lic.model.dependent import LENGTH, SPACING, Dependent, Forgetful
+from lic.model.dependent import SPACING, Dependent, Forgetful
 from lic.model.hyperprior import Z_LIMIT
 from lic.model.store import LoadedModel
 
@@ -46,12 +46,12 @@ class SymbolCoder(Protocol):
         it is faster to begin anew with each than to stop between them.
         """
 
-    def code_chains(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
+    def code_chain(
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
     ) -> np.ndarray:
-        """The next values of stream 0 in chains of dependent quantisation: those of the step that ``stream`` holds.
+        """The next values of a stream, in the chain of a step of dependent quantisation; it goes on behind them.
 
-        rows: those of quantiser 0; those of quantiser 1 follow each. With ``last`` stream 0 ends.
+        rows: those of quantiser 0; those of quantiser 1 follow each. ``repeat`` as above.
         """
 
 
@@ -84,11 +84,11 @@ class Writer:
             self._finished[stream] = self._open.pop(stream).finish()
         return values
 
-    def code_chains(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
+    def code_chain(
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
     ) -> np.ndarray:
         assert values is not None
-        return self.code(0, rows + quantiser.quantisers(values), quantiser.tables, values, last=last)
+        return self.code(stream, rows + quantiser.quantisers(values)[0], quantiser.tables, values, last=False)
 
 
 class Reader:
@@ -110,22 +110,23 @@ class Reader:
     ) -> np.ndarray:
         if last and stream not in self._open:
             return coder.decode(self.streams[stream], rows, tables)  # all at once is faster
-        if stream not in self._open:
-            self._open[stream] = coder.Decoder(self.streams[stream], repeat=repeat)
-        decoder = self._open[stream]
+        decoder = self._decoder(stream, repeat)
         values = decoder.pull(rows, tables)
         if last:
             decoder.finish()
             del self._open[stream]
         return values
 
-    def code_chains(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
+    def code_chain(
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
     ) -> np.ndarray:
-        values = self._open[0].pull_chains(rows, quantiser.tables, quantiser.trellis.tolist(), LENGTH)
-        if last:
-            self._open.pop(0).finish()
-        return values
+        decoder = self._decoder(stream, repeat)
+        return decoder.pull_chain(rows, quantiser.tables, quantiser.trellis.tolist())
+
+    def _decoder(self, stream: int, repeat: bool) -> coder.Decoder:
+        if stream not in self._open:
+            self._open[stream] = coder.Decoder(self.streams[stream], repeat=repeat)
+        return self._open[stream]
 
 
 class LeadingReader(Reader):
@@ -151,13 +152,13 @@ class LeadingReader(Reader):
         self.stream = stream
         return super().code(stream, rows, tables, values, last=last, repeat=repeat)
 
-    def code_chains(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, last: bool
+    def code_chain(
+        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
     ) -> np.ndarray:
         if stream >= len(self.streams):
             return np.zeros(len(rows), np.int32)
         self.stream = stream
-        return super().code_chains(stream, rows, quantiser, values, last=last)
+        return super().code_chain(stream, rows, quantiser, values, repeat=repeat)
 
 
 @dataclass
@@ -183,22 +184,18 @@ class CodedTiles:
 
 
 class Place(NamedTuple):
-    """Where a step is coded: its stream, whether it is all of it or the last of it, and the last one of the tile."""
+    """Where a step is coded: its stream, and whether it is all of it or the last of it."""
 
     stream: int
     is_whole_stream: bool
     ends_stream: bool
-    ends_tile: bool
 
 
 def places(schedule: Schedule, geometry: Geometry) -> list[Place]:
     """Of every step."""
     streams = [1 + schedule.stream_of(step) for step in range(schedule.steps(geometry))]
     count, last = Counter(streams), {stream: step for step, stream in enumerate(streams)}
-    return [
-        Place(stream, count[stream] == 1, last[stream] == step, step == len(streams) - 1)
-        for step, stream in enumerate(streams)
-    ]
+    return [Place(stream, count[stream] == 1, last[stream] == step) for step, stream in enumerate(streams)]
 
 
 class Part(NamedTuple):
@@ -321,8 +318,9 @@ class _OfStep:
     symbols: SymbolCoder
     place: Place
 
-    def code_chains(self, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
-        return self.symbols.code_chains(self.place.stream, rows, quantiser, values, last=self.place.ends_tile)
+    def code_chain(self, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
+        repeat = self.place.is_whole_stream
+        return self.symbols.code_chain(self.place.stream, rows, quantiser, values, repeat=repeat)
 
     def code(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool) -> np.ndarray:
         last = last and self.place.ends_stream
@@ -330,7 +328,7 @@ class _OfStep:
 
 
 def _code(
-    symbols: Sequence[SymbolCoder], stream: int, rows: Tensor, tables: Tables, given: Tensor | None, last: bool
+    symbols: Sequence[SymbolCoder], stream: int, rows: Tensor, tables: Tables, given: Tensor | None, last: bool = True
 ) -> Tensor:
     """The next values (B, ...) of one stream of each tile."""
     all_given = [None] * len(symbols) if given is None else _integers(given)
@@ -362,8 +360,7 @@ def code_tiles(
         channel = torch.arange(config.hyper_latent, device=device)
         z_rows = net.prior.bucket(code)[:, None, None, None] * config.hyper_latent + channel
         known_z = None if known is None else known.z
-        alone = net.dependent is None  # in their stream
-        z_values = _code(symbols, 0, z_rows.expand(z_shape), model.z_tables, known_z, last=alone)
+        z_values = _code(symbols, 0, z_rows.expand(z_shape), model.z_tables, known_z)
         if int(z_values.abs().max()) > Z_LIMIT:
             raise CorruptError("damaged: a hyper-latent is out of range")
         z = z_values.float()

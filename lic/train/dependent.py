@@ -128,8 +128,8 @@ class Chosen(NamedTuple):
 def _quantisers(quantiser: Dependent, symbols: np.ndarray, scale_index: np.ndarray) -> np.ndarray:
     result = np.full(symbols.shape, SMALL)
     for its_result, its_symbols, its_scale_index in zip(result, symbols, scale_index, strict=True):
-        for at in Kinds.of(its_scale_index)[1:]:
-            its_result[at] = quantiser.quantisers(its_symbols[at])
+        at = np.concatenate(Kinds.of(its_scale_index)[1:])
+        its_result[at] = quantiser.quantisers(its_symbols[at])[0]
     return result
 
 
