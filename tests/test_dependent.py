@@ -442,6 +442,37 @@ def test_repeating_decoders_read_the_same(
     assert None in both or both[0] == both[1]
 
 
+@needs_torchac
+@pytest.mark.parametrize("limit", [0, 20_000, 60_000, 100_000])
+def test_streams_that_torchac_cannot_hold(gaussian: Dependent, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python goes on wherever that turns out: with the chain, parities, or the rest of a step."""
+    random = np.random.default_rng(8)
+    tile = [step_of(random, random.integers(0, 40, 700), 0.05) for _ in range(3)]
+    given = [gaussian.choose(*step) for step in tile]
+    at_once = check_round_trip(gaussian, tile, given, shared=False)
+    monkeypatch.setattr(coder.stream, "_MAX_DECODE_BYTES", limit)
+    assert check_round_trip(gaussian, tile, given, shared=False) == at_once
+
+
+@needs_torchac
+def test_chains_between_values(gaussian: Dependent) -> None:
+    """What torchac has read already, Python reads again before a chain."""
+    random, tables = np.random.default_rng(9), gaussian.tables
+    plain, chain = np.full(50, 8 * 12 + 4), 136 + 2 * random.integers(0, 72, 60)
+    values = [random.integers(-1, 2, len(rows)) for rows in (plain, chain, plain, chain, plain)]
+    encoder = Encoder()
+    for n, its in enumerate(values):
+        rows = chain + gaussian.quantisers(its)[0] if n % 2 else plain
+        encoder.push(its, rows, tables)
+    decoder = Decoder(encoder.finish(), repeat=True)
+    for n, its in enumerate(values):
+        if n % 2:
+            assert np.array_equal(decoder.pull_chain(chain, tables, gaussian.trellis.tolist()), its)
+        else:
+            assert np.array_equal(decoder.pull(plain, tables), its)
+    decoder.finish()
+
+
 @settings(max_examples=200, deadline=10_000)
 @given(step=steps(), seed=seeds, count=st.sampled_from([0, 1, 30, 20_000]))
 def test_damaged_chains(gaussian: Dependent, step: Step, seed: int, count: int) -> None:
