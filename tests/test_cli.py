@@ -506,7 +506,7 @@ def test_models(lic: Run) -> None:
 
 
 def test_doctor(lic: Run, tmp_path: Path) -> None:
-    done = lic("doctor")
+    done = lic("doctor", timeout=1200)  # nine models, six ways each
     assert done.returncode == 0, done.stdout
     assert "dB on" in done.stdout.decode() and "everything works" in done.stdout.decode()
 
