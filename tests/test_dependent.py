@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import runpy
 import shutil
@@ -20,11 +21,14 @@ from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file
 from small_models import TINY, latents
 
 from lic import coder
 from lic.coder import SCALES, Decoder, Encoder, Tables, gaussian_tables
-from lic.errors import CorruptError
+from lic.errors import CorruptError, UnsupportedError
 from lic.exact import exact_arithmetic
 from lic.model import dependent, store
 from lic.model.codec import CodecModel
@@ -665,6 +669,21 @@ def test_a_weights_file_keeps_the_quantiser(fitted: Fitted, scalar: LoadedModel)
     assert fitted.model.y_tables.to_arrays().keys() == loaded.tables.to_arrays().keys()
     theirs, ours = scalar.info, fitted.model.info
     assert theirs.entropy_id != ours.entropy_id and theirs.synthesis_id != ours.synthesis_id
+
+
+def test_weights_without_a_trellis_are_refused(tmp_path: Path) -> None:
+    source = DATA / "models" / "tiny-dependent.safetensors"
+    shutil.copy(TINY, tmp_path)
+    with safe_open(source, "np") as file:
+        information = json.loads(file.metadata()["lic"])
+    arrays = load_arrays(source)
+    del arrays["trellis"]
+    everything = load_arrays(TINY) | arrays
+    entropy, synthesis = store.identities(information["config"], information["grids"], everything)
+    information |= {"entropy_id": entropy.hex(), "synthesis_id": synthesis.hex()}
+    save_file(arrays, tmp_path / source.name, {"lic": json.dumps(information)})
+    with pytest.raises(UnsupportedError, match="without a trellis"):
+        store.load_file(store.read_info(tmp_path / source.name))
 
 
 def test_what_is_coded_comes_back(fitted: Fitted, coded: dict[int, Encoded], backend: str) -> None:

@@ -132,7 +132,7 @@ class Dependent:
             raise ValueError("a table of chained latents skips symbols or has raw bits")
 
     def choose(self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats) -> Ints:
-        """Symbols of least bits + weight·error², (N,), or (B, N) of a batch of tiles, which is faster.
+        """Symbols of nearly the least bits + weight·error², (N,), or (B, N) of a batch of tiles, which is faster.
 
         Args:
             y: the latents of a step, in integers from the rounded mean.

@@ -6,8 +6,9 @@ scale; 16-bit floats for whatever else the networks have, for the centroids and 
 integers with a power of two for each of its other rows, 32-bit floats for gains and priors, and the integer tables.
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
-on: configuration, units of the activations, the arrays of h_s and of the context model, and the tables. The *synthesis
-identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut, the gains, the centroids and the offsets.
+on: configuration, units of the activations, the arrays of h_s and of the context model, the tables and the trellis. The
+*synthesis identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut, the gains, the centroids and the
+offsets.
 """
 
 from __future__ import annotations
@@ -186,6 +187,8 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
             raise ValueError("its contents do not match its identity")
         dependent = None
         if OFFSETS in arrays:
+            if TRELLIS not in arrays:
+                raise ValueError("dependent quantisation without a trellis, as on 2026-11-29 alone")
             trellis = arrays[TRELLIS].astype(np.int64)
             dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32), trellis)
         net = _network(info, arrays, dependent, device)

@@ -75,7 +75,7 @@ class Statistics:
 
 
 @torch.no_grad()
-def quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+def dependently_quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Integers (B, h, w, M) that are chosen for latents y in quantiser steps, and half the distances to the next values
     that they could have, below and above, (2, B, h, w, M) in half integers, 1 or 2."""
     schedule = net.context.schedule
