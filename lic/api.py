@@ -101,7 +101,8 @@ class _ToEncode:
 
     def file(self, encoded: Encoded) -> bytes:
         header = replace(encoded.container.header, reduced=self.picture.reduced)
-        return container.pack(replace(encoded.container, header=header, sections=self.sections))
+        sections = encoded.container.sections + self.sections
+        return container.pack(replace(encoded.container, header=header, sections=sections))
 
     def result(self, encoded: Encoded, effort: int) -> EncodeResult:
         return EncodeResult(

@@ -1,8 +1,10 @@
 """Bytes in, bytes out: the ``.lic`` container. No torch."""
 
+from lic.container.bits import BitReader, BitWriter
 from lic.container.format import (
     ALPHA,
     DEFAULT_MAX_PIXELS,
+    FILTER,
     FORMAT_VERSION,
     MAGIC,
     MAX_STREAMS,
@@ -26,7 +28,10 @@ from lic.container.metadata import METADATA_LIMIT, Metadata, metadata_kinds, met
 
 __all__ = [
     "ALPHA",
+    "BitReader",
+    "BitWriter",
     "DEFAULT_MAX_PIXELS",
+    "FILTER",
     "FORMAT_VERSION",
     "MAGIC",
     "MAX_STREAMS",

@@ -34,7 +34,8 @@ TILE_LIMIT = 2**22  # such pixels of a tile: bounds what a decoder needs for one
 NAME_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789._-"
 CODERS = (0,)  # what this version reads and writes
 ALPHA = "Alph"  # the section that holds the transparency
-MANDATORY_SECTIONS = frozenset({ALPHA})
+FILTER = "Filt"  # the section that holds the filter behind the synthesis
+MANDATORY_SECTIONS = frozenset({ALPHA, FILTER})
 
 # signature; version, coder; entropy id; synthesis id; symbols CRC; quality; streams; flags of colour, effort, tiled
 _FIXED = struct.Struct(">3sB4s2sIHBB")

@@ -204,7 +204,7 @@ class Dependent:
             for number, at in enumerate(kinds):
                 lengths = self._lengths(values[at], scale_index[at], eighths[at], quantisers[at], number)
                 bits += float(lengths.sum(dtype=np.float64))
-        return Coded(distance(values, quantisers), self._offset(values, quantisers, scale_index, eighths), bits)
+        return Coded(distance(values, quantisers), self.offset(values, quantisers, scale_index, eighths), bits)
 
     def _least_path(self, costs: Floats, runs: Sequence[int]) -> Ints:
         """The branch, 2·quantiser + parity, of each of N latents in chains of these lengths, of nearly the least cost.
@@ -267,7 +267,7 @@ class Dependent:
             error = (
                 y
                 - distance(symbol, quantiser).astype(np.float32)
-                - self._offset(symbol, quantiser, scale_index, eighths)
+                - self.offset(symbol, quantiser, scale_index, eighths)
             )
             return self._lengths(symbol, scale_index, eighths, quantiser, kind) + weight * error**2
 
@@ -287,8 +287,8 @@ class Dependent:
         of_parity = coder.code_lengths(parity, parity_rows, self.tables)
         return of_parity + coder.code_lengths(symbol >> 1, rest_rows + 2 * quantiser + parity, self.tables)
 
-    def _offset(self, symbol: Ints, quantiser: Ints | int, scale_index: Ints, eighths: Ints) -> Floats:
-        """E[y | symbol] minus its integer, (N,)."""
+    def offset(self, symbol: Ints, quantiser: Ints | int, scale_index: Ints, eighths: Ints) -> Floats:
+        """E[y | symbol] minus its integer, in integers, (N,)."""
         table = self.offsets[scale_index, quantiser, np.minimum(np.abs(symbol), OFFSETS - 1)]
         fraction = (eighths - FRACTIONS // 2).astype(np.float32) / FRACTIONS
         return table * np.where(symbol == 0, fraction, np.sign(symbol)).astype(np.float32)

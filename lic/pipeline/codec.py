@@ -27,6 +27,7 @@ from lic.part import Preview, Region
 from lic.pipeline import windows
 from lic.pipeline.distortion import DISTORTIONS
 from lic.pipeline.optimise import EFFORTS, Box, optimise, quarter
+from lic.pipeline.restoration import Restoration
 from lic.pipeline.tile import CodedTiles, Latents, LeadingReader, Reader, Writer, code_tiles
 from lic.quality import Tune, lambda_of
 
@@ -233,7 +234,8 @@ def _coded(
         integers[at], hyper[at_z], dequantised[at] = coded.latents.y, coded.latents.z, coded.dequantised
         report(done + 1)
     containers = []
-    for rgb, quality_code, check, streams in zip(rgbs, quality_codes, checks, tiles, strict=True):
+    found = windows.restorations(net, dequantised, code, rgbs)
+    for rgb, quality_code, check, streams, restoration in zip(rgbs, quality_codes, checks, tiles, found, strict=True):
         header = Header(
             width=rgb.shape[1],
             height=rgb.shape[0],
@@ -247,9 +249,10 @@ def _coded(
             gray=rgb.shape[2] == 1,
             deep=rgb.dtype == np.uint16,
         )
-        containers.append(Container(header, tuple(streams)))
+        sections = () if restoration is None else (restoration.section(),)
+        containers.append(Container(header, tuple(streams), sections))
     synthesised = [
-        functools.cache(functools.partial(_reconstruction, model, dequantised[b : b + 1], container.header))
+        functools.cache(functools.partial(_reconstruction, model, dequantised[b : b + 1], container))
         for b, container in enumerate(containers)
     ]
     hashes = [check.hexdigest() for check in checks]
@@ -258,9 +261,11 @@ def _coded(
 
 
 @torch.no_grad()
-def _reconstruction(model: LoadedModel, dequantised: Tensor, header: Header) -> np.ndarray:
+def _reconstruction(model: LoadedModel, dequantised: Tensor, container: Container) -> np.ndarray:
     """The whole picture from its dequantised latents (1, h, w, M), with the bits of its source."""
-    (pixels,) = _pixels(model, dequantised, [header], [16 if header.deep else 8], None)
+    header = container.header
+    restoration = Restoration.of(container.sections, gray=header.gray)
+    (pixels,) = _pixels(model, dequantised, [header], [16 if header.deep else 8], [restoration], None)
     return pixels
 
 
@@ -345,7 +350,9 @@ def _decoded(
         raise CorruptError("the decoded symbols fail their checksum: damaged, or this machine computes differently")
     if not any(groups):
         raise CorruptError("no group is whole: there is nothing to show")
-    pictures = _pixels(model, dequantised, headers, bits, region)
+    complete = min(groups) == first.streams - 1  # a filter is made for what all groups give
+    restorations = [_restoration(container, preview) if complete else None for container in containers]
+    pictures = _pixels(model, dequantised, headers, bits, restorations, region)
     origin = region or Region(0, 0, first.width, first.height)
     for (_, box, _), count in zip(tiles, groups, strict=True):
         if not count:
@@ -387,11 +394,22 @@ def _read_tiles(
     return None, 0
 
 
+def _restoration(container: Container, preview: Preview | None) -> Restoration | None:
+    """The filter of a picture; a preview, which may be of a damaged file, does without one that cannot be read."""
+    try:
+        return Restoration.of(container.sections, gray=container.header.gray)
+    except CorruptError:
+        if preview is None:
+            raise
+        return None
+
+
 def _pixels(
     model: LoadedModel,
     dequantised: Tensor,
     headers: Sequence[Header],
     bits: Sequence[int],
+    restorations: Sequence[Restoration | None],
     region: Region | None,
 ) -> list[np.ndarray]:
     """The pixels of a region, or of the whole of each picture, from the latents that its windows are given."""
@@ -399,7 +417,9 @@ def _pixels(
     area = windows.Area(0, 0, grid.height, grid.width) if region is None else _latents_of(region)
     code = _code_tensor(model, [header.quality for header in headers])
     samples = [windows.Samples(header.gray, depth) for header, depth in zip(headers, bits, strict=True)]
-    pictures = windows.synthesis(model.net, dequantised, code, samples, grid=grid, area=area)
+    pictures = windows.synthesis(
+        model.net, dequantised, code, samples, restorations=restorations, grid=grid, area=area
+    )
     found = []
     for header, pixels in zip(headers, pictures, strict=True):
         wanted = region or Region(0, 0, header.width, header.height)

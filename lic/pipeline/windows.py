@@ -20,9 +20,11 @@ from lic.model.context import Geometry
 from lic.model.non_local import BLOCK
 from lic.model.transforms import LappedShortcut
 from lic.pipeline.distortion import Distortion
+from lic.pipeline.restoration import REACH, Restoration, Statistics
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
 HALO = 8  # in latent positions; the transforms of `base` reach 6, the correction 7 (docs/architecture.md)
+LOOKED_AT = 4  # windows of a large picture from which its filter is found
 
 
 class Samples(NamedTuple):
@@ -142,18 +144,20 @@ def synthesis(
     code: Tensor,
     samples: Sequence[Samples],
     *,
+    restorations: Sequence[Restoration | None] | None = None,
     grid: Geometry | None = None,
     area: Area | None = None,
 ) -> list[Tensor]:
     """g_s over windows: latents (B, h, w, M) -> pixels of each picture, (16·h, 16·w, 3), or (16·h, 16·w, 1) if gray.
 
     ``code``: quality codes, (B,). ``samples``: what each picture is to be, uint8 or uint16; the one channel of gray is
-    the mean of the network's three. With ``area`` of the pictures' ``grid`` only the pixels of this area, from its
+    the mean of the network's three. ``restorations``: the filter behind it of each that has one. With ``area`` of the pictures' ``grid`` only the pixels of this area, from its
     :func:`input_of`, in the windows that the whole pictures have there. They depend on no latent that is more than the
     halo away from them.
     """
     grid = grid or Geometry(1, y.shape[1], y.shape[2])
     area = area or Area(0, 0, grid.height, grid.width)
+    restorations = restorations or [None] * len(y)
     origin = input_of(net, area, grid)
     n = DOWNSAMPLING
     height, width = area.bottom - area.top, area.right - area.left
@@ -173,14 +177,56 @@ def synthesis(
 
     for top, bottom, above, below in _windows(net, grid.height, area.top, area.bottom):
         for left, right, before, after in _windows(net, grid.width, area.left, area.right):
-            part = net.synthesis(Area(above, before, below, after).of(y, origin), code)
-            parts = within(within(part, 1, above, top, bottom), 2, before, left, right)
-            for picture, inside, (gray, bits) in zip(pictures, parts, samples, strict=True):
+            window, box = Area(above, before, below, after), Area(top, left, bottom, right)
+            parts = net.synthesis(window.of(y, origin), code)
+            each = zip(pictures, parts, samples, restorations, code.tolist(), strict=True)
+            for picture, part, (gray, bits), restoration, its_code in each:
                 white = 2**bits - 1
-                pixels = ((inside.mean(-1, keepdim=True) if gray else inside) + 0.5) * white
+                if restoration is None:
+                    inside = within(within(part, 0, above, top, bottom), 1, before, left, right)
+                    pixels = ((inside.mean(-1, keepdim=True) if gray else inside) + 0.5) * white
+                else:
+                    around = _with_surroundings(part, window, box, gray=gray)
+                    pixels = restoration.applied(around, its_code) * (white / 255)
                 pixels = pixels.round().clamp(0, white).to(picture.dtype)
                 within(within(picture, 0, area.top, top, bottom), 1, area.left, left, right).copy_(pixels)
     return pictures
+
+
+def restorations(
+    net: CodecModel, y: Tensor, code: Tensor, pictures: Sequence[np.ndarray]
+) -> list[Restoration | None]:
+    """The filter behind g_s that is worth its bits, of each of B pictures, for dequantised latents (B, h, w, M).
+
+    Of a large picture LOOKED_AT windows tell it.
+    """
+    statistics = [Statistics(picture.shape[2]) for picture in pictures]
+    all_windows = [(*rows, *columns) for rows in _windows(net, y.shape[1]) for columns in _windows(net, y.shape[2])]
+    stride = max(1, len(all_windows) // LOOKED_AT)
+    for top, bottom, above, below, left, right, before, after in all_windows[::stride]:
+        window = Area(above, before, below, after)
+        parts = net.synthesis(y[:, above:below, before:after], code)
+        for its, part, picture, its_code in zip(statistics, parts, pictures, code.tolist(), strict=True):
+            seen = _samples(picture, top, bottom, left, right, y.device)
+            around = _with_surroundings(part, window, Area(top, left, bottom, right), gray=picture.shape[2] == 1)
+            its.add(around[: seen.shape[0] + 2 * REACH, : seen.shape[1] + 2 * REACH], seen, its_code)
+    each = zip(statistics, code.tolist(), pictures, strict=True)
+    return [its.best(its_code, picture.shape[0] * picture.shape[1]) for its, its_code, picture in each]
+
+
+def _with_surroundings(part: Tensor, window: Area, box: Area, *, gray: bool) -> Tensor:
+    """Pixels of a box in a window, and REACH more at each side: those of the border beyond the border of the picture.
+
+    part: what g_s makes of the window, (16·h, 16·w, 3); the result is in 0..255, one channel if it is gray.
+    """
+    n = DOWNSAMPLING
+    sides = (box.top - window.top, box.bottom - window.top), (box.left - window.left, box.right - window.left)
+    rows, columns = (
+        torch.arange(start * n - REACH, end * n + REACH, device=part.device).clamp(0, size - 1)
+        for (start, end), size in zip(sides, part.shape[:2], strict=True)
+    )
+    part = part.mean(-1, keepdim=True) if gray else part
+    return ((part[rows][:, columns] + 0.5) * 255).clamp(0, 255)
 
 
 def error(

@@ -124,12 +124,10 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
             raise LicError(f"--part {settings['part']} needs the other parts: give --init")
         trainer = Trainer(Settings(schedule_minutes=schedule_minutes or minutes, **settings), target)
         if init is not None:
-            if init.suffix == ".pt":
-                trainer.start_from(averaged_model(init)[0].state_dict())
-            else:
-                from lic.model.store import load_file, read_info
+            from lic.model.store import load_file, read_info
 
-                trainer.start_from(load_file(read_info(init)).net.state_dict())
+            net = averaged_model(init)[0] if init.suffix == ".pt" else load_file(read_info(init)).net
+            trainer.start_from(net.state_dict(), net.dependent)
     write = append_log(folder / "log.jsonl")
 
     def log(entry: dict[str, object]) -> None:

@@ -89,6 +89,23 @@ def dependently_quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -
     return integers, halves
 
 
+@torch.no_grad()
+def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, share: tuple[float, float]) -> Tensor:
+    """What the decoder of a network with dependent quantisation gets for pixels x: latents (B, h, w, M) in quantiser
+    steps. ``worth`` and ``share`` as for :meth:`CodecModel.corrected`."""
+    assert net.dependent is not None
+    y = net.corrected(x, net.analysis(x, code), code, worth, share)
+    z = torch.round(net.hyper_analysis(y, code))
+    schedule, result = net.context.schedule, torch.empty_like(y)
+    for step, chosen in enumerate(chosen_steps(net, y, z, code, worth)):
+        quantisers = chosen.quantisers % SMALL
+        integers = chosen.shift + distance(chosen.symbols, quantisers)
+        offsets = net.dependent.offset(chosen.symbols, quantisers, chosen.scale_index, chosen.eighths)
+        values = torch.from_numpy((integers + offsets) * SPACING).to(result)
+        schedule.put(result, step, values.view(schedule.take(y, step).shape))
+    return result
+
+
 def fit(
     net: CodecModel, crops: Iterable[tuple[Tensor, Tensor]], trellis: np.ndarray = TRELLIS, iterations: int = 6
 ) -> Dependent:
@@ -134,23 +151,30 @@ def _quantisers(quantiser: Dependent, symbols: np.ndarray, scale_index: np.ndarr
 
 
 @torch.no_grad()
-def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Iterator[Chosen]:
-    """Dependent quantisation of latents y (B, h, w, M) in quantiser steps, step by step with the context of its own."""
+def chosen_steps(
+    net: CodecModel, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None = None
+) -> Iterator[Chosen]:
+    """Dependent quantisation of latents y (B, h, w, M) in quantiser steps, step by step with the context of its own.
+
+    ``worth``: how many times its usual weight the error of each latent has, (B, h, w, M).
+    """
     assert net.dependent is not None
     geometry, schedule = Geometry(*y.shape[:3]), net.context.schedule
     weight = (net.rounding_weight(code) * SPACING**2)[:, None, None].expand_as(y)
+    if worth is not None:
+        weight = worth * weight
     with exact_arithmetic():
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
         for step in range(schedule.steps(geometry)):
             predicted = predicted_integers(net.context.predict(state, step))
             shape = predicted.shift.shape
-            shift, eighths, scale_index = (t.flatten(1).numpy().astype(np.int64) for t in predicted)
-            from_mean = (schedule.take(y, step) / SPACING - predicted.shift).flatten(1).numpy()
-            its_weight = schedule.take(weight, step).flatten(1).numpy()
+            shift, eighths, scale_index = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
+            from_mean = (schedule.take(y, step) / SPACING - predicted.shift).flatten(1).cpu().numpy()
+            its_weight = schedule.take(weight, step).flatten(1).cpu().numpy()
             symbols = net.dependent.choose(from_mean, scale_index, eighths, its_weight)
             quantisers = _quantisers(net.dependent, symbols, scale_index)
             yield Chosen(from_mean, shift, symbols, quantisers, scale_index, eighths)
-            integers = torch.from_numpy(shift + distance(symbols, quantisers % SMALL)).float()
+            integers = torch.from_numpy(shift + distance(symbols, quantisers % SMALL)).to(y)
             state = net.context.observe(state, step, integers.view(shape))
 
 

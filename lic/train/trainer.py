@@ -21,19 +21,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lic.coder import Tables
 from lic.errors import LicError
 from lic.model.codec import QUANTISERS, CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
+from lic.model.dependent import Dependent
 from lic.model.layers import space_to_depth
 from lic.model.transforms import lapped_basis
 from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
 from lic.train.calibration import calibrate
 from lic.train.data import CHROMA_PART, PATTERN_PART, Pictures, sample
+from lic.train.dependent import dequantised
 from lic.train.latents import StoredLatents
 from lic.train.optimizers import make_optimizers
 
-STATE_VERSION = 8
+STATE_VERSION = 9
 LOSS_EXPONENT = 0.4
 MAX_COST = 20.0  # what one crop adds to a batch's loss: 99 of 100 crops of photographs cost less, patterns up to 20,000
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
@@ -183,6 +186,7 @@ class Trainer:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "grids": self.model.grid_bits() if self.model.exact else None,
+            "dependent": _stored(self.model.dependent),
         }
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -197,6 +201,7 @@ class Trainer:
         state = _read_state(path)
         trainer = cls(Settings(**state["settings"]), device, Config.from_json(state["config"]))
         trainer.model.load_state_dict(state["model"])
+        trainer.model.quantise(_dependent(state))
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
             for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -216,8 +221,11 @@ class Trainer:
             trainer.model.set_exact(True)
         return trainer
 
-    def start_from(self, weights: dict[str, Tensor]) -> None:
+    def start_from(self, weights: dict[str, Tensor], dependent: Dependent | None = None) -> None:
         """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew.
+
+        ``dependent`` is their quantiser, with which the part synthesis gets its latents; others know scalar
+        quantisation only.
 
         With the part context or nonlocal a context model begins anew if the weights are those of another one, and
         non-local modules do if the weights have none, as do adapters with that part. Raises LicError if the weights
@@ -238,6 +246,8 @@ class Trainer:
         elif self.settings.part == "adapters":
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
         self.model.load_state_dict(weights)
+        if self.settings.part == "synthesis":
+            self.model.quantise(dependent)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
 
@@ -261,7 +271,11 @@ class Trainer:
         last = saved = since = time.monotonic()
         pixels = self.pixels
         sums: Tensor | None = None
-        loss_of: Callable[..., Any] = self.rate_loss if self.settings.part == "context" else self.loss
+        loss_of: Callable[..., Any] = self.loss
+        if self.settings.part == "context":
+            loss_of = self.rate_loss
+        elif self.model.dependent is not None:
+            loss_of = self.error_loss
         compiles = self.device.type == "cuda"
         if compiles:  # for every size anew: graphs for any size take ten times as long to make
             loss_of = torch.compile(loss_of, dynamic=False)
@@ -347,11 +361,7 @@ class Trainer:
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, distortion, 1)."""
-        seen = (x + 0.5) * 255
-        worth, measure = None, DISTORTIONS[self.settings.tune]
-        if refine:
-            with torch.no_grad():
-                worth = measure.rounding(self.model.shortcut, seen)
+        worth = self._worth(x) if refine else None
         with self.autocast():
             out = self.model(
                 x,
@@ -359,15 +369,30 @@ class Trainer:
                 frozen_latents=frozen,
                 optimised_rounding=refine,
                 worth=worth,
-                correction=measure.correction,
+                correction=DISTORTIONS[self.settings.tune].correction,
                 quantiser=self.settings.quantiser,
             )
-        shown = (out.x_hat + 0.5) * 255
+        return _weighted(out.y_bits, out.z_bits, self._distortion(out.x_hat, x), code, x.shape[1] * x.shape[2])
+
+    def error_loss(self, x: Tensor, latents: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`loss`, of dequantised latents (B, h, w, M) that stay as they are; their bits are left out."""
+        with self.autocast():
+            x_hat = self.model.synthesis(latents, code)
+        distortion = self._distortion(x_hat, x)
+        nothing = torch.zeros_like(distortion)
+        return _weighted(nothing, nothing, distortion, code, x.shape[1] * x.shape[2])
+
+    @torch.no_grad()
+    def _worth(self, x: Tensor) -> Tensor:
+        """Of the errors of the latents of pixels x, for rounding."""
+        return DISTORTIONS[self.settings.tune].rounding(self.model.shortcut, (x + 0.5) * 255)
+
+    def _distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Of each image, (B,), both in pixels -0.5..0.5."""
+        shown, seen = (x_hat + 0.5) * 255, (x + 0.5) * 255
         if self.settings.tune == "psnr":
-            distortion = (shown - seen).square().mean(dim=(1, 2, 3))
-        else:
-            distortion = MS_SSIM_WORTH * (1 - ms_ssim(shown, seen))
-        return _weighted(out.y_bits, out.z_bits, distortion, code, x.shape[1] * x.shape[2])
+            return (shown - seen).square().mean(dim=(1, 2, 3))
+        return MS_SSIM_WORTH * (1 - ms_ssim(shown, seen))
 
     def rate_loss(self, y_hat: Tensor, z: Tensor, code: Tensor, halves: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`loss`, of latents that cost bits only, as :meth:`CodecModel.rate` wants them."""
@@ -394,6 +419,9 @@ class Trainer:
             if s.part == "context":
                 with self.autocast():
                     inputs = (*self.latents(x, code), code)
+            elif self.model.dependent is not None:
+                correction = DISTORTIONS[s.tune].correction
+                inputs = (x, dequantised(self.model, x, code, self._worth(x), correction), code)
             else:
                 inputs = (x, code, frozen, refine)
         loss, metrics = loss_of(*inputs)
@@ -452,6 +480,23 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def _stored(dependent: Dependent | None) -> dict[str, Tensor] | None:
+    """As tensors, which is all that is read back from a state."""
+    if dependent is None:
+        return None
+    arrays = {"offsets": dependent.offsets, "trellis": dependent.trellis} | dependent.tables.to_arrays()
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _dependent(state: dict[str, Any]) -> Dependent | None:
+    """What :func:`_stored` was given."""
+    if state["dependent"] is None:
+        return None
+    arrays = {name: tensor.numpy() for name, tensor in state["dependent"].items()}
+    offsets, trellis = arrays.pop("offsets"), arrays.pop("trellis")
+    return Dependent(Tables.from_arrays(arrays), offsets, trellis)
+
+
 def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
     """The model with the averaged weights of a saved state, on the CPU, and the state's bookkeeping.
 
@@ -462,6 +507,7 @@ def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
     if state["settings"]["part"] == "adapters":
         model.adapt(state["settings"]["rank"])
     model.load_state_dict(state["average"])
+    model.quantise(_dependent(state))
     if state["grids"] is not None:
         model.set_grid_bits(state["grids"])
         model.set_exact(True)

@@ -1,0 +1,263 @@
+"""A filter of a picture's own behind the synthesis, and its coefficients in the file (bitstream_spec.md, 7.5).
+
+The synthesis makes the best of all pictures of training. What it could do better for one picture, a little sharper here
+or smoother there, or other colours, is mostly a small linear filter: a Wiener filter, found by least squares from the
+picture and what is decoded of it, as the adaptive loop filter of VVC (Karczewicz et al. 2021, "VVC in-loop filters",
+IEEE Trans. Circuits Syst. Video Technol. 31(10)). Each of three planes of colour has its own. To a sample are added
+coefficients times its FEATURES: a constant, the sample itself, another plane's or its own square, and for each pair of
+opposite neighbours the sum of their differences from it, as they are and clipped to a quarter of the quantiser's step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lic.container import FILTER, BitReader, BitWriter, Section
+from lic.errors import CorruptError
+from lic.quality import lambda_of, step_of
+
+REACH = 3  # pixels
+# One of each pair of opposite neighbours, (down, right), the nearest first.
+NEIGHBOURS = sorted(
+    ((i, j) for i in range(REACH + 1) for j in range(-REACH, REACH + 1) if (0, 0) < (i, j) and i + abs(j) <= REACH),
+    key=lambda at: (at[0] + abs(at[1]), at),
+)
+OF_SAMPLES = 3  # features that are no differences
+FEATURES = OF_SAMPLES + 2 * len(NEIGHBOURS)
+CLIPPED = 0.25  # of the quantiser's step
+MIDDLE = 127.5  # of samples 0..255
+WORTH = (1.0, 2 / 3, 8 / 9)  # squared error of each plane, of the mean of the three squared errors of RGB
+LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 5, 2
+MAX_PREFIX = 15
+BAND = 64  # rows at a time, so that what is between stays in the cache
+SWEEPS = 6  # over the coefficients, in search of better ones
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Of the filter of one plane: the first ones of the features', in units of 2**-shift; the others are 0."""
+
+    shift: int
+    values: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shift - LEAST_SHIFT < 2**SHIFT_BITS or len(self.values) > FEATURES:
+            raise ValueError("no coefficients of a filter")
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """The filters of a picture: of its three planes, or of the one of a gray picture."""
+
+    planes: tuple[Coefficients, ...]
+
+    def section(self) -> Section:
+        """As it stands in the file."""
+        out = BitWriter()
+        for plane in self.planes:
+            _write(out, plane)
+        out.align()
+        return Section(FILTER, bytes(out.data))
+
+    @classmethod
+    def of(cls, sections: Sequence[Section], *, gray: bool) -> Restoration | None:
+        """That of a picture with these sections. Raises CorruptError if it is damaged."""
+        for section in sections:
+            if section.kind == FILTER:
+                reader = BitReader(section.data)
+                found = cls(tuple(_read(reader) for _ in range(1 if gray else 3)))
+                reader.align()
+                if reader.offset != len(section.data):
+                    raise CorruptError("damaged: the filter has another length than its coefficients")
+                return found
+        return None
+
+    def applied(self, pixels: Tensor, code: float) -> Tensor:
+        """Filtered pixels (H, W, C), 0..255, of decoded ones with REACH more at each side, for a quality code."""
+        clipped = CLIPPED * step_of(code)
+        bands = []
+        for band in _bands(pixels):
+            planes = _planes(band)
+            filtered = []
+            for index, plane in enumerate(self.planes):
+                total = _inner(planes[index], 0, 0).clone()
+                weights = [value * 2.0**-plane.shift for value in plane.values]
+                for weight, feature in zip(weights, _features(planes, index, clipped), strict=False):
+                    if weight:
+                        total.add_(feature, alpha=weight)
+                filtered.append(total)
+            bands.append(_pixels(filtered))
+        return torch.cat(bands).clamp_(0, 255)
+
+
+class Statistics:
+    """What the best filter of a picture follows from: products of its features and its errors, summed."""
+
+    def __init__(self, channels: int) -> None:
+        self._sums = np.zeros((channels, FEATURES + 1, FEATURES + 1))
+        self._pixels = 0
+
+    def add(self, decoded: Tensor, seen: Tensor, code: float) -> None:
+        """Pixels (H, W, C) that were encoded, 0..255, and the decoded ones with REACH more at each side."""
+        clipped = CLIPPED * step_of(code)
+        self._pixels += seen.shape[0] * seen.shape[1]
+        for band, wanted in zip(_bands(decoded), seen.split(BAND), strict=True):
+            planes = _planes(band)
+            for index, target in enumerate(_planes(wanted)):
+                error = target - _inner(planes[index], 0, 0)
+                both = torch.stack([*_features(planes, index, clipped), error]).flatten(1)
+                self._sums[index] += (both @ both.T).double().cpu().numpy()
+
+    def best(self, code: float, pixels: int) -> Restoration | None:
+        """The filter of least bits + λ·squared error, for a picture of so many pixels; None if none is worth its bits.
+
+        What was added may have been a part of the picture.
+        """
+        worth = [1.0] if len(self._sums) == 1 else WORTH
+        times = lambda_of(code) * pixels / max(1, self._pixels)
+        found = [_best(sums, times * its) for sums, its in zip(self._sums, worth, strict=True)]
+        section_bits = 8 * 9  # its entry in the table and the table itself
+        if sum(gain for _, gain in found) <= section_bits:
+            return None
+        return Restoration(tuple(plane for plane, _ in found))
+
+
+def _best(sums: np.ndarray, times: float) -> tuple[Coefficients, float]:
+    """Coefficients of a plane for the least bits + times·squared error, and by how much that is less than without."""
+    products, wanted = times * sums[:-1, :-1], times * sums[:-1, -1]
+    size = np.sqrt(np.diag(products)) + 1e-9
+    exact = np.linalg.solve(products / size / size[:, None] + 1e-5 * np.eye(FEATURES), wanted / size) / size
+    best, most = Coefficients(LEAST_SHIFT, ()), 0.0
+    candidates = []
+    for shift in range(LEAST_SHIFT, LEAST_SHIFT + 2**SHIFT_BITS):
+        values = np.rint(exact * 2.0**shift)
+        candidates.append((_cost(values, shift, products, wanted), shift, values))
+    for _, shift, values in sorted(candidates, key=lambda c: c[0])[:2]:
+        values = _descended(values, shift, products, wanted)
+        gain = -_cost(values, shift, products, wanted)
+        if gain > most:
+            last = int(np.flatnonzero(values).max(initial=-1))
+            best, most = Coefficients(shift, tuple(int(v) for v in values[: last + 1])), gain
+    return best, most
+
+
+def _cost(values: np.ndarray, shift: int, products: np.ndarray, wanted: np.ndarray) -> float:
+    """Bits + change of the error."""
+    weights = values * 2.0**-shift
+    last = int(np.flatnonzero(values).max(initial=-1))
+    bits = min(_lengths(values[: last + 1], order).sum() for order in range(2**ORDER_BITS))
+    return float(bits + weights @ products @ weights - 2 * wanted @ weights)
+
+
+def _descended(values: np.ndarray, shift: int, products: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Better values, found by changing one after another."""
+    unit, values = 2.0**-shift, values.copy()
+    for _ in range(SWEEPS):
+        before = values.copy()
+        order = min(range(2**ORDER_BITS), key=lambda k: float(_lengths(values, k).sum()))
+        slope = unit * (unit * products @ values - wanted)
+        for at in range(FEATURES):
+            curvature = unit**2 * products[at, at]
+            least = values[at] - slope[at] / max(curvature, 1e-12)
+            tried = np.array([values[at], 0, math.floor(least), math.ceil(least), np.trunc(least / 2)])
+            tried = tried.clip(-(2.0**MAX_PREFIX), 2.0**MAX_PREFIX)
+            change = tried - values[at]
+            costs = _lengths(tried, order) + 2 * slope[at] * change + curvature * change**2
+            chosen = change[int(costs.argmin())]
+            values[at] += chosen
+            slope += unit**2 * products[:, at] * chosen
+        if np.array_equal(values, before):
+            break
+    return values
+
+
+def _lengths(values: np.ndarray, order: int) -> np.ndarray:
+    """Bits of coefficients: of 0 one, of others a sign and an exponential Golomb code besides."""
+    size = np.maximum(np.abs(values) - 1, 0) + 2**order
+    return np.where(values == 0, 1, 2 + 2 * np.floor(np.log2(size)) + 1 - order)
+
+
+def _write(out: BitWriter, plane: Coefficients) -> None:
+    out.write(len(plane.values), COUNT_BITS)
+    if not plane.values:
+        return
+    values = np.array(plane.values)
+    order = min(range(2**ORDER_BITS), key=lambda k: float(_lengths(values, k).sum()))
+    out.write(plane.shift - LEAST_SHIFT, SHIFT_BITS)
+    out.write(order, ORDER_BITS)
+    for value in plane.values:
+        out.write(value != 0, 1)
+        if value:
+            out.write(value < 0, 1)
+            size = abs(value) - 1 + 2**order
+            out.write(0, size.bit_length() - 1 - order)
+            out.write(size, size.bit_length())
+
+
+def _read(reader: BitReader) -> Coefficients:
+    count = reader.read(COUNT_BITS)
+    if not count:
+        return Coefficients(LEAST_SHIFT, ())
+    if count > FEATURES:
+        raise CorruptError("damaged: the filter has too many coefficients")
+    shift, order = reader.read(SHIFT_BITS) + LEAST_SHIFT, reader.read(ORDER_BITS)
+    values = []
+    for _ in range(count):
+        value = 0
+        if reader.read(1):
+            negative, more = reader.read(1), 0
+            while not reader.read(1):
+                more += 1
+                if more > MAX_PREFIX:
+                    raise CorruptError("damaged: a coefficient of the filter is out of range")
+            value = (1 << more + order | reader.read(more + order)) - 2**order + 1
+            value = -value if negative else value
+        values.append(value)
+    return Coefficients(shift, tuple(values))
+
+
+def _bands(pixels: Tensor) -> Iterator[Tensor]:
+    """Rows (BAND + 2·REACH or fewer, W, C) of pixels that have REACH more at each side."""
+    for top in range(0, len(pixels) - 2 * REACH, BAND):
+        yield pixels[top : top + BAND + 2 * REACH]
+
+
+def _planes(pixels: Tensor) -> list[Tensor]:
+    """Of (H, W, 3): the mean of the colours, red - blue, and these two - green, whose errors are orthogonal."""
+    if pixels.shape[-1] == 1:
+        return [pixels[..., 0] - MIDDLE]
+    red, green, blue = pixels.unbind(-1)
+    return [(red + green + blue) / 3 - MIDDLE, (red - blue) / 2, (red - 2 * green + blue) / 4]
+
+
+def _pixels(planes: Sequence[Tensor]) -> Tensor:
+    """The inverse of :func:`_planes`."""
+    if len(planes) == 1:
+        return planes[0][..., None] + MIDDLE
+    mean, first, second = planes
+    mean = mean + MIDDLE
+    return torch.stack([mean + first + 2 / 3 * second, mean - 4 / 3 * second, mean - first + 2 / 3 * second], dim=-1)
+
+
+def _inner(plane: Tensor, down: int, right: int) -> Tensor:
+    """What is so far from each sample, which are those at least REACH from the borders."""
+    height, width = (side - 2 * REACH for side in plane.shape)
+    return plane[REACH + down : REACH + down + height, REACH + right : REACH + right + width]
+
+
+def _features(planes: Sequence[Tensor], index: int, clipped: float) -> Iterator[Tensor]:
+    """The FEATURES of a plane, (H, W) each, of planes with REACH more at each side."""
+    here, luma = _inner(planes[index], 0, 0), _inner(planes[0], 0, 0)
+    yield torch.ones_like(here)
+    yield here / 8
+    yield luma / 8 if index else here.square() / 512
+    for down, right in NEIGHBOURS:
+        one, other = (_inner(planes[index], sign * down, sign * right) - here for sign in (1, -1))
+        yield one + other
+        yield one.clamp(-clipped, clipped).add_(other.clamp(-clipped, clipped))
