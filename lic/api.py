@@ -576,6 +576,8 @@ def _preview_notes(decoded: Decoded, file: container.Leading, lost: Sequence[str
         notes.append(f"{missing} of {len(decoded.groups)} tiles are missing, and gray")
     if decoded.all_symbols and decoded.symbols_sha256 is None:
         notes.append("the symbols fail their checksum: part of the picture is wrong")
+    if decoded.all_symbols and container.FILTER in file.missing:
+        lost = [*lost, "filter"]
     if lost:
         notes.append(f"without its {', '.join(lost)}")
     return tuple(notes)

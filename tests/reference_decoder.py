@@ -121,7 +121,7 @@ def read_container(data: bytes) -> Container:
     at = bits.at // 8
     require(at + sum(lengths) + sum(n for _, n in table) + 4 == len(data), "the size of the file is wrong")
 
-    unknown = [kind for kind in kinds if kind[:1].isupper() and kind != b"Alph"]
+    unknown = [kind for kind in kinds if kind[:1].isupper() and kind not in (b"Alph", b"Filt")]
     if data[3] & 3 or unknown:
         raise UnsupportedError(f"unknown coder {data[3] & 3} or sections {unknown}")
     if padded_area(min(width, side), min(height, side)) > 1 << 22 or padded_area(width, height) > 1 << 28:

@@ -28,8 +28,6 @@ from lic.container.metadata import METADATA_LIMIT, Metadata, metadata_kinds, met
 
 __all__ = [
     "ALPHA",
-    "BitReader",
-    "BitWriter",
     "DEFAULT_MAX_PIXELS",
     "FILTER",
     "FORMAT_VERSION",
@@ -37,6 +35,8 @@ __all__ = [
     "MAX_STREAMS",
     "METADATA_LIMIT",
     "TILE_LIMIT",
+    "BitReader",
+    "BitWriter",
     "Container",
     "Header",
     "Index",

@@ -117,7 +117,7 @@ def encode_rgb(
             progress(done, units)
 
     y, weight = _to_round(model, [rgb], grid, code, tune)
-    (encoded,), known = _coded(model, [rgb], [quality_code], tile, boxes, y, None, weight, report)
+    (encoded,), known = _coded(model, [rgb], [quality_code], tile, boxes, y, None, weight, tune, report)
     if passes == 0:
         return encoded
     coded_once = time.monotonic() - began
@@ -139,7 +139,7 @@ def encode_rgb(
             progress=lambda done: report(len(boxes) * (1 + done)),
         )
     (better,), _ = _coded(
-        model, [rgb], [quality_code], tile, boxes, *found, lambda done: report(units - len(boxes) + done)
+        model, [rgb], [quality_code], tile, boxes, *found, tune, lambda done: report(units - len(boxes) + done)
     )
     best = min(encoded, better, key=lambda e: _cost(model, e, rgb, tune))
     header = replace(best.container.header, effort=effort)
@@ -158,7 +158,7 @@ def encode_rgbs(
     grid = _one_grid([(rgb.shape[1], rgb.shape[0]) for rgb in rgbs])
     code = _code_tensor(model, quality_codes)
     y, weight = _to_round(model, rgbs, grid, code, tune)
-    return _coded(model, rgbs, quality_codes, *_tiles_of(grid), y, None, weight, lambda done: None)[0]
+    return _coded(model, rgbs, quality_codes, *_tiles_of(grid), y, None, weight, tune, lambda done: None)[0]
 
 
 def _to_round(
@@ -206,6 +206,7 @@ def _coded(
     y: Tensor,
     z: Tensor | None,
     weight: Tensor,
+    tune: Tune,
     report: Callable[[int], None],
 ) -> tuple[list[Encoded], tuple[Tensor, Tensor, Tensor]]:
     """Code latents y (B, h, w, M) of pictures of one padded grid, z made of them if it is None.
@@ -234,7 +235,7 @@ def _coded(
         integers[at], hyper[at_z], dequantised[at] = coded.latents.y, coded.latents.z, coded.dequantised
         report(done + 1)
     containers = []
-    found = windows.restorations(net, dequantised, code, rgbs)
+    found = windows.restorations(net, dequantised, code, rgbs, DISTORTIONS[tune])
     for rgb, quality_code, check, streams, restoration in zip(rgbs, quality_codes, checks, tiles, found, strict=True):
         header = Header(
             width=rgb.shape[1],
@@ -417,9 +418,7 @@ def _pixels(
     area = windows.Area(0, 0, grid.height, grid.width) if region is None else _latents_of(region)
     code = _code_tensor(model, [header.quality for header in headers])
     samples = [windows.Samples(header.gray, depth) for header, depth in zip(headers, bits, strict=True)]
-    pictures = windows.synthesis(
-        model.net, dequantised, code, samples, restorations=restorations, grid=grid, area=area
-    )
+    pictures = windows.synthesis(model.net, dequantised, code, samples, restorations=restorations, grid=grid, area=area)
     found = []
     for header, pixels in zip(headers, pictures, strict=True):
         wanted = region or Region(0, 0, header.width, header.height)

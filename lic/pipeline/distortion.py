@@ -25,12 +25,14 @@ class Distortion(Protocol):
     """``context_weight``: of the rate's gradient through the context, for it acts over several passes.
 
     ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first. ``correction``: the
-    share of the way that latents are corrected (:meth:`CodecModel.corrected`).
+    share of the way that latents are corrected (:meth:`CodecModel.corrected`). ``is_squared_error``: what lowers that
+    lowers this.
     """
 
     context_weight: float
     damping: float
     correction: tuple[float, float]
+    is_squared_error: bool
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         """Of pixels (H, W, C) against those of the source, both in 0..255: a scalar, summed over the pixels."""
@@ -48,7 +50,7 @@ class Distortion(Protocol):
 class SquaredError:
     """Summed over the pixels, averaged over their channels."""
 
-    context_weight, damping, correction = 2.0, 1.0, CORRECTION
+    context_weight, damping, correction, is_squared_error = 2.0, 1.0, CORRECTION, True
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         return (shown - seen).square().mean(-1).sum()
@@ -62,7 +64,7 @@ class SquaredError:
 class MsSsim:
     """1 - MS-SSIM (Wang, Simoncelli and Bovik 2003) of a window, times its pixels and ``MS_SSIM_WORTH``."""
 
-    context_weight, damping, correction = 0.75, 2.0, (0.2, 1.0)
+    context_weight, damping, correction, is_squared_error = 0.75, 2.0, (0.2, 1.0), False
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         pixels = seen.shape[0] * seen.shape[1]

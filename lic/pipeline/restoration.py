@@ -1,4 +1,4 @@
-"""A filter of a picture's own behind the synthesis, and its coefficients in the file (bitstream_spec.md, 7.5).
+"""A filter of a picture's own behind the synthesis, and its coefficients in the file (bitstream_spec.md, 6.4).
 
 The synthesis makes the best of all pictures of training. What it could do better for one picture, a little sharper here
 or smoother there, or other colours, is mostly a small linear filter: a Wiener filter, found by least squares from the
@@ -25,7 +25,7 @@ from lic.quality import lambda_of, step_of
 REACH = 3  # pixels
 # One of each pair of opposite neighbours, (down, right), the nearest first.
 NEIGHBOURS = sorted(
-    ((i, j) for i in range(REACH + 1) for j in range(-REACH, REACH + 1) if (0, 0) < (i, j) and i + abs(j) <= REACH),
+    ((i, j) for i in range(REACH + 1) for j in range(-REACH, REACH + 1) if (i, j) > (0, 0) and i + abs(j) <= REACH),
     key=lambda at: (at[0] + abs(at[1]), at),
 )
 OF_SAMPLES = 3  # features that are no differences
@@ -36,6 +36,7 @@ WORTH = (1.0, 2 / 3, 8 / 9)  # squared error of each plane, of the mean of the t
 LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 5, 2
 MAX_PREFIX = 15
 BAND = 64  # rows at a time, so that what is between stays in the cache
+SECTION_BITS = 8 * 9  # of the entry of a section in the table, and the table itself
 SWEEPS = 6  # over the coefficients, in search of better ones
 
 
@@ -64,6 +65,11 @@ class Restoration:
             _write(out, plane)
         out.align()
         return Section(FILTER, bytes(out.data))
+
+    @property
+    def bits(self) -> int:
+        """What it adds to the file."""
+        return 8 * len(self.section().data) + SECTION_BITS
 
     @classmethod
     def of(cls, sections: Sequence[Section], *, gray: bool) -> Restoration | None:
@@ -101,12 +107,12 @@ class Statistics:
 
     def __init__(self, channels: int) -> None:
         self._sums = np.zeros((channels, FEATURES + 1, FEATURES + 1))
-        self._pixels = 0
+        self.pixels = 0
 
     def add(self, decoded: Tensor, seen: Tensor, code: float) -> None:
         """Pixels (H, W, C) that were encoded, 0..255, and the decoded ones with REACH more at each side."""
         clipped = CLIPPED * step_of(code)
-        self._pixels += seen.shape[0] * seen.shape[1]
+        self.pixels += seen.shape[0] * seen.shape[1]
         for band, wanted in zip(_bands(decoded), seen.split(BAND), strict=True):
             planes = _planes(band)
             for index, target in enumerate(_planes(wanted)):
@@ -120,10 +126,9 @@ class Statistics:
         What was added may have been a part of the picture.
         """
         worth = [1.0] if len(self._sums) == 1 else WORTH
-        times = lambda_of(code) * pixels / max(1, self._pixels)
+        times = lambda_of(code) * pixels / max(1, self.pixels)
         found = [_best(sums, times * its) for sums, its in zip(self._sums, worth, strict=True)]
-        section_bits = 8 * 9  # its entry in the table and the table itself
-        if sum(gain for _, gain in found) <= section_bits:
+        if sum(gain for _, gain in found) <= SECTION_BITS:
             return None
         return Restoration(tuple(plane for plane, _ in found))
 

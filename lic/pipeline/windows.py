@@ -21,6 +21,7 @@ from lic.model.non_local import BLOCK
 from lic.model.transforms import LappedShortcut
 from lic.pipeline.distortion import Distortion
 from lic.pipeline.restoration import REACH, Restoration, Statistics
+from lic.quality import lambda_of
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
 HALO = 8  # in latent positions; the transforms of `base` reach 6, the correction 7 (docs/architecture.md)
@@ -151,9 +152,9 @@ def synthesis(
     """g_s over windows: latents (B, h, w, M) -> pixels of each picture, (16·h, 16·w, 3), or (16·h, 16·w, 1) if gray.
 
     ``code``: quality codes, (B,). ``samples``: what each picture is to be, uint8 or uint16; the one channel of gray is
-    the mean of the network's three. ``restorations``: the filter behind it of each that has one. With ``area`` of the pictures' ``grid`` only the pixels of this area, from its
-    :func:`input_of`, in the windows that the whole pictures have there. They depend on no latent that is more than the
-    halo away from them.
+    the mean of the network's three. ``restorations``: the filter behind g_s of each that has one. With ``area`` of the
+    pictures' ``grid`` only the pixels of this area, from its :func:`input_of`, in the windows that the whole pictures
+    have there. They depend on no latent that is more than the halo away from them.
     """
     grid = grid or Geometry(1, y.shape[1], y.shape[2])
     area = area or Area(0, 0, grid.height, grid.width)
@@ -194,24 +195,45 @@ def synthesis(
 
 
 def restorations(
-    net: CodecModel, y: Tensor, code: Tensor, pictures: Sequence[np.ndarray]
+    net: CodecModel, y: Tensor, code: Tensor, pictures: Sequence[np.ndarray], distortion: Distortion
 ) -> list[Restoration | None]:
     """The filter behind g_s that is worth its bits, of each of B pictures, for dequantised latents (B, h, w, M).
 
-    Of a large picture LOOKED_AT windows tell it.
+    It is that of the least squared error; with another ``distortion`` it must lower that too. Of a large picture
+    LOOKED_AT windows and a few more tell it.
     """
-    statistics = [Statistics(picture.shape[2]) for picture in pictures]
     all_windows = [(*rows, *columns) for rows in _windows(net, y.shape[1]) for columns in _windows(net, y.shape[2])]
     stride = max(1, len(all_windows) // LOOKED_AT)
+    looked_at: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pictures]
     for top, bottom, above, below, left, right, before, after in all_windows[::stride]:
-        window = Area(above, before, below, after)
+        window, box = Area(above, before, below, after), Area(top, left, bottom, right)
         parts = net.synthesis(y[:, above:below, before:after], code)
-        for its, part, picture, its_code in zip(statistics, parts, pictures, code.tolist(), strict=True):
+        for its, part, picture in zip(looked_at, parts, pictures, strict=True):
             seen = _samples(picture, top, bottom, left, right, y.device)
-            around = _with_surroundings(part, window, Area(top, left, bottom, right), gray=picture.shape[2] == 1)
-            its.add(around[: seen.shape[0] + 2 * REACH, : seen.shape[1] + 2 * REACH], seen, its_code)
-    each = zip(statistics, code.tolist(), pictures, strict=True)
-    return [its.best(its_code, picture.shape[0] * picture.shape[1]) for its, its_code, picture in each]
+            if seen.numel():
+                around = _with_surroundings(part, window, box, gray=picture.shape[2] == 1)
+                its.append((around[: seen.shape[0] + 2 * REACH, : seen.shape[1] + 2 * REACH], seen))
+    return [
+        _restoration(its, picture.size // picture.shape[2], its_code, distortion)
+        for its, picture, its_code in zip(looked_at, pictures, code.tolist(), strict=True)
+    ]
+
+
+def _restoration(
+    decoded_and_seen: Sequence[tuple[Tensor, Tensor]], pixels: int, code: float, distortion: Distortion
+) -> Restoration | None:
+    """That of a picture of so many pixels, from parts of it, as :meth:`Statistics.add` wants them."""
+    statistics = Statistics(decoded_and_seen[0][1].shape[-1])
+    for decoded, seen in decoded_and_seen:
+        statistics.add(decoded, seen, code)
+    found = statistics.best(code, pixels)
+    if found is None or distortion.is_squared_error:
+        return found
+    gain = 0.0
+    for decoded, seen in decoded_and_seen:
+        inner = decoded[REACH:-REACH, REACH:-REACH]
+        gain += float(distortion.error(inner, seen) - distortion.error(found.applied(decoded, code), seen))
+    return found if lambda_of(code) * gain * pixels / statistics.pixels > found.bits else None
 
 
 def _with_surroundings(part: Tensor, window: Area, box: Area, *, gray: bool) -> Tensor:

@@ -151,9 +151,7 @@ def _quantisers(quantiser: Dependent, symbols: np.ndarray, scale_index: np.ndarr
 
 
 @torch.no_grad()
-def chosen_steps(
-    net: CodecModel, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None = None
-) -> Iterator[Chosen]:
+def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None = None) -> Iterator[Chosen]:
     """Dependent quantisation of latents y (B, h, w, M) in quantiser steps, step by step with the context of its own.
 
     ``worth``: how many times its usual weight the error of each latent has, (B, h, w, M).

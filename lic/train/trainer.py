@@ -156,6 +156,7 @@ class Trainer:
         # No cache of casts: that of a pass without gradients would serve the next one, in PyTorch before 2.10.
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
         self.latents: Callable[..., tuple[Tensor, Tensor]] = self.model.latents
+        self.encoder: CodecModel | None = None  # that of dependently quantised latents
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step, self.seconds, self.pixels = 0, 0.0, 0
         self._seed_random()
@@ -186,7 +187,8 @@ class Trainer:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "grids": self.model.grid_bits() if self.model.exact else None,
-            "dependent": _stored(self.model.dependent),
+            "encoder": None if self.encoder is None else self.encoder.state_dict(),
+            "dependent": None if self.encoder is None else _stored(self.encoder.dependent),
         }
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -201,7 +203,8 @@ class Trainer:
         state = _read_state(path)
         trainer = cls(Settings(**state["settings"]), device, Config.from_json(state["config"]))
         trainer.model.load_state_dict(state["model"])
-        trainer.model.quantise(_dependent(state))
+        if state["encoder"] is not None:
+            trainer._encode_with(state["encoder"], _dependent(state))
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
             for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -246,10 +249,21 @@ class Trainer:
         elif self.settings.part == "adapters":
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
         self.model.load_state_dict(weights)
-        if self.settings.part == "synthesis":
-            self.model.quantise(dependent)
+        if self.settings.part == "synthesis" and dependent is not None:
+            self._encode_with(weights, dependent)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
+
+    def _encode_with(self, weights: dict[str, Tensor], dependent: Dependent) -> None:
+        """Train the synthesis on what these weights make of pixels, with dependent quantisation.
+
+        Not on what the weights in training make of them: these correct latents by their synthesis, which then learns
+        from what itself has shifted, and drifts.
+        """
+        self.encoder = CodecModel(self.model.config).to(self.device).requires_grad_(False)
+        self.encoder.load_state_dict(weights)
+        self.encoder.g_s.limit = self.model.g_s.limit
+        self.encoder.quantise(dependent)
 
     def run(
         self, source: Pictures | StoredLatents, minutes: float, state: Path, log: Callable[[dict[str, Any]], None]
@@ -274,7 +288,7 @@ class Trainer:
         loss_of: Callable[..., Any] = self.loss
         if self.settings.part == "context":
             loss_of = self.rate_loss
-        elif self.model.dependent is not None:
+        elif self.encoder is not None:
             loss_of = self.error_loss
         compiles = self.device.type == "cuda"
         if compiles:  # for every size anew: graphs for any size take ten times as long to make
@@ -419,9 +433,9 @@ class Trainer:
             if s.part == "context":
                 with self.autocast():
                     inputs = (*self.latents(x, code), code)
-            elif self.model.dependent is not None:
+            elif self.encoder is not None:
                 correction = DISTORTIONS[s.tune].correction
-                inputs = (x, dequantised(self.model, x, code, self._worth(x), correction), code)
+                inputs = (x, dequantised(self.encoder, x, code, self._worth(x), correction), code)
             else:
                 inputs = (x, code, frozen, refine)
         loss, metrics = loss_of(*inputs)
@@ -480,18 +494,15 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _stored(dependent: Dependent | None) -> dict[str, Tensor] | None:
+def _stored(dependent: Dependent | None) -> dict[str, Tensor]:
     """As tensors, which is all that is read back from a state."""
-    if dependent is None:
-        return None
+    assert dependent is not None
     arrays = {"offsets": dependent.offsets, "trellis": dependent.trellis} | dependent.tables.to_arrays()
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _dependent(state: dict[str, Any]) -> Dependent | None:
+def _dependent(state: dict[str, Any]) -> Dependent:
     """What :func:`_stored` was given."""
-    if state["dependent"] is None:
-        return None
     arrays = {name: tensor.numpy() for name, tensor in state["dependent"].items()}
     offsets, trellis = arrays.pop("offsets"), arrays.pop("trellis")
     return Dependent(Tables.from_arrays(arrays), offsets, trellis)
@@ -507,7 +518,8 @@ def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
     if state["settings"]["part"] == "adapters":
         model.adapt(state["settings"]["rank"])
     model.load_state_dict(state["average"])
-    model.quantise(_dependent(state))
+    if state["encoder"] is not None:
+        model.quantise(_dependent(state))
     if state["grids"] is not None:
         model.set_grid_bits(state["grids"])
         model.set_exact(True)

@@ -1,0 +1,223 @@
+"""The filter behind the synthesis: its section, what it does to pixels, and what it is worth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lic as package
+from lic import container
+from lic.container import FILTER, Section
+from lic.errors import CorruptError
+from lic.pipeline import windows
+from lic.pipeline.distortion import MsSsim
+from lic.pipeline.restoration import FEATURES, REACH, Coefficients, Restoration, Statistics
+from lic.quality import code_of, lambda_of, step_of
+
+CODE = code_of(40)
+VALUES = st.lists(st.integers(-(2**15), 2**15) | st.integers(-3, 3), max_size=FEATURES).map(tuple)
+COEFFICIENTS = st.builds(Coefficients, st.integers(4, 11), VALUES)
+
+
+def same(one: Restoration, other: Restoration) -> bool:
+    """Whether two filters do the same: of a plane without coefficients the shift means nothing."""
+    planes = zip(one.planes, other.planes, strict=True)
+    return all(a.values == b.values and (a.shift == b.shift or not a.values) for a, b in planes)
+
+
+@given(st.lists(COEFFICIENTS, min_size=3, max_size=3) | st.lists(COEFFICIENTS, min_size=1, max_size=1))
+@settings(deadline=None)
+def test_section_holds_the_coefficients(planes: list[Coefficients]) -> None:
+    restoration = Restoration(tuple(planes))
+    section = restoration.section()
+    read = Restoration.of([Section("exif", b"x"), section], gray=len(planes) == 1)
+    assert read is not None and same(read, restoration)
+
+
+@given(st.binary(max_size=80), st.booleans())
+@settings(deadline=None)
+def test_any_section_is_a_filter_or_damaged(data: bytes, gray: bool) -> None:
+    try:
+        restoration = Restoration.of([Section(FILTER, data)], gray=gray)
+    except CorruptError:
+        return
+    assert restoration is not None
+    pixels = restoration.applied(255 * torch.rand(REACH * 2 + 3, REACH * 2 + 4, 1 if gray else 3), CODE)
+    assert pixels.isfinite().all() and pixels.min() >= 0 and pixels.max() <= 255
+
+
+def test_sections_with_too_much_or_too_little_are_damaged() -> None:
+    section = Restoration((Coefficients(4, (1, 0, -2)),)).section()
+    for data in (section.data + b"\0", section.data[:-1], b"", bytes([31 << 3])):
+        with pytest.raises(CorruptError):
+            Restoration.of([replace(section, data=data)], gray=True)
+    assert Restoration.of([Section("Alph", b"")], gray=True) is None
+
+
+def test_no_coefficients_that_a_file_cannot_hold() -> None:
+    for shift, count in ((3, 1), (12, 1), (4, FEATURES + 1)):
+        with pytest.raises(ValueError):
+            Coefficients(shift, (1,) * count)
+
+
+def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: float) -> np.ndarray:
+    """Chapter 6.4, pixel by pixel, of s (H, W, C)."""
+    height, width, channels = s.shape
+    if channels == 1:
+        planes = [s[..., 0] - 127.5]
+    else:
+        red, green, blue = np.moveaxis(s, -1, 0)
+        planes = [(red + green + blue) / 3 - 127.5, (red - blue) / 2, (red - 2 * green + blue) / 4]
+    pairs = [(0, 1), (1, 0), (0, 2), (1, -1), (1, 1), (2, 0), (0, 3), (1, -2), (1, 2), (2, -1), (2, 1), (3, 0)]
+    filtered = [plane.copy() for plane in planes]
+    for k, plane in enumerate(planes):
+        for row in range(height):
+            for column in range(width):
+
+                def at(i: int, j: int, plane: np.ndarray = plane, row: int = row, column: int = column) -> float:
+                    return float(plane[min(max(row + i, 0), height - 1), min(max(column + j, 0), width - 1)])
+
+                x = at(0, 0)
+                features = [1, x / 8, planes[0][row, column] / 8 if k else x * x / 512]
+                for i, j in pairs:
+                    one, other = at(i, j) - x, at(-i, -j) - x
+                    features += [one + other, sum(np.clip(t, -step / 4, step / 4) for t in (one, other))]
+                filtered[k][row, column] += sum(c * f for c, f in zip(coefficients[k], features, strict=True))
+    if channels == 1:
+        result = filtered[0][..., None] + 127.5
+    else:
+        p0, p1, p2 = filtered
+        result = np.stack([p0 + p1 + 2 / 3 * p2, p0 - 4 / 3 * p2, p0 - p1 + 2 / 3 * p2], axis=-1) + 127.5
+    return result.clip(0, 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_does_what_the_specification_says(channels: int) -> None:
+    random = np.random.default_rng(channels)
+    s = random.uniform(0, 255, (70, 9, channels))  # more rows than one band
+    planes = tuple(Coefficients(7, tuple(random.integers(-6, 7, FEATURES).tolist())) for _ in range(channels))
+    around = np.pad(s, ((REACH, REACH), (REACH, REACH), (0, 0)), mode="edge")
+    found = Restoration(planes).applied(torch.from_numpy(around).float(), CODE).numpy()
+    weights = [[value / 128 for value in plane.values] for plane in planes]
+    assert np.abs(found - by_the_specification(s, weights, step_of(CODE))).max() < 1e-2
+
+
+def statistics_of(decoded: torch.Tensor, seen: torch.Tensor) -> Statistics:
+    statistics = Statistics(seen.shape[-1])
+    statistics.add(decoded, seen, CODE)
+    return statistics
+
+
+def test_the_best_filter_undoes_what_a_filter_has_done() -> None:
+    generator = torch.Generator().manual_seed(1)
+    decoded = 40 + 150 * torch.rand(134, 134, 3, generator=generator)
+    wanted = Restoration((Coefficients(7, (0, 0, 0, 9, 0, -7)), Coefficients(5, (3,)), Coefficients(4, ())))
+    seen = wanted.applied(decoded, CODE)
+    found = statistics_of(decoded, seen).best(CODE, 128 * 128)
+    assert found is not None
+    before = (decoded[REACH:-REACH, REACH:-REACH] - seen).square().mean()
+    after = (found.applied(decoded, CODE) - seen).square().mean()
+    assert after < 0.01 * before
+    bits = 8 * (len(found.section().data) + 9)
+    assert bits < lambda_of(CODE) * (before - after) * 128 * 128
+
+
+def test_no_filter_where_it_is_not_worth_its_bits() -> None:
+    generator = torch.Generator().manual_seed(1)
+    seen = 40 + 150 * torch.rand(64, 64, 3, generator=generator)
+    decoded = torch.nn.functional.pad(seen.movedim(-1, 0), (REACH,) * 4, mode="replicate").movedim(0, -1)
+    assert statistics_of(decoded, seen).best(CODE, 64 * 64) is None  # exact already
+    noisy = decoded + torch.randn(decoded.shape, generator=generator)
+    assert statistics_of(noisy, seen).best(CODE, 64 * 64) is None  # nothing that a filter could know
+    assert Statistics(3).best(CODE, 10) is None
+
+
+def without_filter(data: bytes) -> bytes:
+    parsed = container.parse(data)
+    return container.pack(replace(parsed, sections=tuple(s for s in parsed.sections if s.kind != FILTER)))
+
+
+@pytest.fixture(scope="module")
+def codec() -> package.Codec:
+    return package.Codec("tiny", "cpu")
+
+
+def textured(channels: int = 3, dtype: type = np.uint8) -> np.ndarray:
+    """(200, 230, C), with texture and colours that the tiny model does not get right."""
+    y, x = np.mgrid[0:200, 0:230]
+    waves = [np.sin(x / (3 + i)) + np.cos(y / (4 + i)) + np.sin((x * y) / (700 + 100 * i)) for i in range(channels)]
+    return ((127 + 40 * np.stack(waves, axis=-1)) * (257 if dtype == np.uint16 else 1)).clip(0, None).astype(dtype)
+
+
+@pytest.mark.parametrize("channels, dtype", [(3, np.uint8), (1, np.uint8), (3, np.uint16)])
+def test_files_with_a_filter_decode_to_better_pictures(
+    codec: package.Codec, channels: int, dtype: type[np.generic]
+) -> None:
+    picture = textured(channels, dtype)
+    result = codec.encode_result(picture, 60)
+    kinds = [section.kind for section in container.parse(result.data).sections]
+    assert kinds == [FILTER]
+    shown = codec.decode_result(result.data).rgb
+    assert np.array_equal(shown, result.reconstruction)
+    plain = codec.decode_result(without_filter(result.data)).rgb
+    errors = [np.square(array.astype(float) - picture).mean() for array in (shown, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_windows_leave_no_seam(codec: package.Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = codec.encode(textured(), 60)
+    whole = codec.decode_array(data)
+    monkeypatch.setattr(windows, "WINDOW", 4)
+    in_parts = codec.decode_array(data)
+    assert np.abs(whole.astype(int) - in_parts).max() <= 1
+    region = codec.decode_array(data, region=(61, 62, 100, 70))
+    assert np.array_equal(region, in_parts[62:132, 61:161])
+
+
+def test_of_a_large_picture_some_windows_tell_it(codec: package.Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WINDOW", 4)
+    few = []
+    monkeypatch.setattr(Statistics, "add", lambda self, decoded, seen, code: few.append(seen.shape))
+    codec.encode(textured(), 60)
+    assert windows.LOOKED_AT <= len(few) <= 2 * windows.LOOKED_AT
+
+
+def test_previews_of_some_groups_have_no_filter(codec: package.Codec) -> None:
+    data = codec.encode(textured(), 60)
+    groups = container.parse(data).header.streams - 1
+    for count, filtered in ((1, False), (groups, True)):
+        shown, plain = (codec.decode_array(its, preview=count) for its in (data, without_filter(data)))
+        assert np.array_equal(shown, plain) != filtered
+
+
+def test_a_damaged_filter_is_said_and_a_preview_does_without(codec: package.Codec) -> None:
+    whole = codec.encode(textured(), 60)
+    plain = codec.decode_array(without_filter(whole))
+    unreadable = replace(container.parse(whole), sections=(Section(FILTER, b"\xff"),))
+    with pytest.raises(CorruptError, match="filter"):
+        codec.decode(container.pack(unreadable))
+    altered = container.pack(unreadable)[:-1] + b"?"
+    truncated = whole[:-6]  # in the section, which stands last
+    for data in (altered, truncated):
+        assert np.array_equal(codec.decode_array(data, preview="auto"), plain)
+    assert "without its filter" in codec.decode_result(truncated, preview="auto").notes
+
+
+def test_another_distortion_has_a_say(codec: package.Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    better = [
+        section.kind for section in container.parse(codec.encode(textured(), 60, tune="ms-ssim", effort=0)).sections
+    ]
+    assert better == [FILTER]
+    seen: list[float] = []
+
+    def rising(self: object, shown: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        seen.append(1.0)
+        return torch.tensor(float(len(seen)))
+
+    monkeypatch.setattr(MsSsim, "error", rising)
+    assert not container.parse(codec.encode(textured(), 60, tune="ms-ssim", effort=0)).sections
