@@ -285,11 +285,7 @@ class Trainer:
         last = saved = since = time.monotonic()
         pixels = self.pixels
         sums: Tensor | None = None
-        loss_of: Callable[..., Any] = self.loss
-        if self.settings.part == "context":
-            loss_of = self.rate_loss
-        elif self.encoder is not None:
-            loss_of = self.error_loss
+        loss_of: Callable[..., Any] = self.objective()
         compiles = self.device.type == "cuda"
         if compiles:  # for every size anew: graphs for any size take ten times as long to make
             loss_of = torch.compile(loss_of, dynamic=False)
@@ -372,6 +368,12 @@ class Trainer:
         """Linear warm-up, then cosine to zero."""
         warm = min(1.0, (self.step + 1) / self.settings.warm_up_steps)
         return self.settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress())))
+
+    def objective(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The loss of the part that is trained, of what :meth:`train_step` gives it."""
+        if self.settings.part == "context":
+            return self.rate_loss
+        return self.loss if self.encoder is None else self.error_loss
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, distortion, 1)."""
