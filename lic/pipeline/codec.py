@@ -191,10 +191,12 @@ def _code_tensor(model: LoadedModel, quality_codes: Sequence[int]) -> Tensor:
 
 
 def _cost(model: LoadedModel, encoded: Encoded, rgb: np.ndarray, tune: Tune) -> float:
-    """Bits of the streams + λ·error."""
-    bits = 8 * sum(len(stream) for streams in encoded.container.tiles for stream in streams)
+    """Bits of the streams and sections + λ·error."""
+    container = encoded.container
+    bits = 8 * sum(len(stream) for streams in container.tiles for stream in streams)
+    bits += 8 * sum(len(section.data) for section in container.sections)
     error = windows.error_between(model.net, encoded.reconstruction, rgb, DISTORTIONS[tune])
-    return bits + lambda_of(encoded.container.header.quality) * error
+    return bits + lambda_of(container.header.quality) * error
 
 
 def _coded(

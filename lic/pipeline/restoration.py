@@ -38,6 +38,7 @@ MAX_PREFIX = 15
 BAND = 64  # rows at a time, so that what is between stays in the cache
 SECTION_BITS = 8 * 9  # of the entry of a section in the table, and the table itself
 SWEEPS = 6  # over the coefficients, in search of better ones
+_DAMAGED = "damaged: the filter behind the synthesis cannot be read"
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,13 @@ class Restoration:
         for section in sections:
             if section.kind == FILTER:
                 reader = BitReader(section.data)
-                found = cls(tuple(_read(reader) for _ in range(1 if gray else 3)))
-                reader.align()
+                try:
+                    found = cls(tuple(_read(reader) for _ in range(1 if gray else 3)))
+                    reader.align()
+                except (CorruptError, ValueError) as error:
+                    raise CorruptError(_DAMAGED) from error
                 if reader.offset != len(section.data):
-                    raise CorruptError("damaged: the filter has another length than its coefficients")
+                    raise CorruptError(_DAMAGED)
                 return found
         return None
 
@@ -206,11 +210,10 @@ def _write(out: BitWriter, plane: Coefficients) -> None:
 
 
 def _read(reader: BitReader) -> Coefficients:
+    """Raises CorruptError or ValueError."""
     count = reader.read(COUNT_BITS)
     if not count:
         return Coefficients(LEAST_SHIFT, ())
-    if count > FEATURES:
-        raise CorruptError("damaged: the filter has too many coefficients")
     shift, order = reader.read(SHIFT_BITS) + LEAST_SHIFT, reader.read(ORDER_BITS)
     values = []
     for _ in range(count):
@@ -220,7 +223,7 @@ def _read(reader: BitReader) -> Coefficients:
             while not reader.read(1):
                 more += 1
                 if more > MAX_PREFIX:
-                    raise CorruptError("damaged: a coefficient of the filter is out of range")
+                    raise ValueError("a coefficient is out of range")
             value = (1 << more + order | reader.read(more + order)) - 2**order + 1
             value = -value if negative else value
         values.append(value)

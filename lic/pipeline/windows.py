@@ -204,36 +204,38 @@ def restorations(
     """
     all_windows = [(*rows, *columns) for rows in _windows(net, y.shape[1]) for columns in _windows(net, y.shape[2])]
     stride = max(1, len(all_windows) // LOOKED_AT)
+    statistics = [Statistics(picture.shape[2]) for picture in pictures]
     looked_at: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pictures]
     for top, bottom, above, below, left, right, before, after in all_windows[::stride]:
         window, box = Area(above, before, below, after), Area(top, left, bottom, right)
         parts = net.synthesis(y[:, above:below, before:after], code)
-        for its, part, picture in zip(looked_at, parts, pictures, strict=True):
+        for i, (part, picture, its_code) in enumerate(zip(parts, pictures, code.tolist(), strict=True)):
             seen = _samples(picture, top, bottom, left, right, y.device)
+            around = _with_surroundings(part, window, box, gray=picture.shape[2] == 1)
+            around = around[: seen.shape[0] + 2 * REACH, : seen.shape[1] + 2 * REACH]
             if seen.numel():
-                around = _with_surroundings(part, window, box, gray=picture.shape[2] == 1)
-                its.append((around[: seen.shape[0] + 2 * REACH, : seen.shape[1] + 2 * REACH], seen))
-    return [
-        _restoration(its, picture.size // picture.shape[2], its_code, distortion)
-        for its, picture, its_code in zip(looked_at, pictures, code.tolist(), strict=True)
+                statistics[i].add(around, seen, its_code)
+                if not distortion.is_squared_error:
+                    looked_at[i].append((around, seen))
+    found = [
+        its.best(its_code, picture.size // picture.shape[2])
+        for its, its_code, picture in zip(statistics, code.tolist(), pictures, strict=True)
     ]
-
-
-def _restoration(
-    decoded_and_seen: Sequence[tuple[Tensor, Tensor]], pixels: int, code: float, distortion: Distortion
-) -> Restoration | None:
-    """That of a picture of so many pixels, from parts of it, as :meth:`Statistics.add` wants them."""
-    statistics = Statistics(decoded_and_seen[0][1].shape[-1])
-    for decoded, seen in decoded_and_seen:
-        statistics.add(decoded, seen, code)
-    found = statistics.best(code, pixels)
-    if found is None or distortion.is_squared_error:
+    if distortion.is_squared_error:
         return found
+    each = zip(found, looked_at, code.tolist(), strict=True)
+    return [its if its and _lowers(its, parts, its_code, distortion) else None for its, parts, its_code in each]
+
+
+def _lowers(
+    restoration: Restoration, decoded_and_seen: Sequence[tuple[Tensor, Tensor]], code: float, distortion: Distortion
+) -> bool:
+    """Whether a filter lowers a distortion of these parts by more than its bits."""
     gain = 0.0
     for decoded, seen in decoded_and_seen:
         inner = decoded[REACH:-REACH, REACH:-REACH]
-        gain += float(distortion.error(inner, seen) - distortion.error(found.applied(decoded, code), seen))
-    return found if lambda_of(code) * gain * pixels / statistics.pixels > found.bits else None
+        gain += float(distortion.error(inner, seen) - distortion.error(restoration.applied(decoded, code), seen))
+    return lambda_of(code) * gain > restoration.bits
 
 
 def _with_surroundings(part: Tensor, window: Area, box: Area, *, gray: bool) -> Tensor:
