@@ -16,19 +16,13 @@ import lic
 SCRIPT = Path(__file__).parent.parent / "scripts" / "pattern_check.py"
 
 
-# As fine as can be: up to 1 dB worse.
-KNOWN_WORSE: dict[str, set[str]] = {"base": {"red and cyan stripes, 1 px"}, "base-ms-ssim": set()}
-
-
 @pytest.mark.parametrize("model", ["base", "base-ms-ssim"])
 def test_patterns_are_better_than_their_mean_colour(model: str) -> None:
     """The weights before the limit of the synthesis answered most of them with black and white at random."""
-    result = CliRunner().invoke(runpy.run_path(str(SCRIPT))["main"], ["--model", model])
+    result = CliRunner().invoke(runpy.run_path(str(SCRIPT))["main"], ["--model", model, "--threads", "1"])
     rows = result.output.splitlines()[2:]
     assert len(rows) > 15, result.output
-    worse = {row.split("|")[1].strip() for row in rows if "worse" in row}
-    assert worse <= KNOWN_WORSE[model], result.output
-    assert result.exit_code == (1 if worse else 0)
+    assert not [row for row in rows if "worse" in row] and result.exit_code == 0, result.output
 
 
 def test_a_pattern_in_a_photograph_stays_where_it_is() -> None:
