@@ -314,7 +314,8 @@ def test_gray_costs_what_it_costs_as_rgb(height: int, width: int, dtype: str, qu
     rng = np.random.default_rng(height * width)
     gray = rng.integers(0, 256 if dtype == "u1" else 65536, (height, width)).astype(dtype)
     data = codec.encode(gray, quality)
-    assert len(data) <= len(codec.encode(np.dstack([gray] * 3), quality))
+    as_rgb = container.parse(codec.encode(np.dstack([gray] * 3), quality))
+    assert container.parse(data).tiles == as_rgb.tiles  # only the filter behind the synthesis may be another
     back = codec.decode_array(data)
     assert back.shape == gray.shape and back.dtype == gray.dtype
 
