@@ -111,12 +111,12 @@ class Statistics:
 
     def __init__(self, channels: int) -> None:
         self._sums = np.zeros((channels, FEATURES + 1, FEATURES + 1))
-        self.pixels = 0
+        self._pixels = 0
 
     def add(self, decoded: Tensor, seen: Tensor, code: float) -> None:
         """Pixels (H, W, C) that were encoded, 0..255, and the decoded ones with REACH more at each side."""
         clipped = CLIPPED * step_of(code)
-        self.pixels += seen.shape[0] * seen.shape[1]
+        self._pixels += seen.shape[0] * seen.shape[1]
         for band, wanted in zip(_bands(decoded), seen.split(BAND), strict=True):
             planes = _planes(band)
             for index, target in enumerate(_planes(wanted)):
@@ -130,7 +130,7 @@ class Statistics:
         What was added may have been a part of the picture.
         """
         worth = [1.0] if len(self._sums) == 1 else WORTH
-        times = lambda_of(code) * pixels / max(1, self.pixels)
+        times = lambda_of(code) * pixels / max(1, self._pixels)
         found = [_best(sums, times * its) for sums, its in zip(self._sums, worth, strict=True)]
         if sum(gain for _, gain in found) <= SECTION_BITS:
             return None

@@ -24,7 +24,7 @@ from lic.pipeline.restoration import REACH, Restoration, Statistics
 from lic.quality import lambda_of
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
-HALO = 8  # in latent positions; the transforms of `base` reach 6, the correction 7 (docs/architecture.md)
+HALO = 8  # in latent positions; the transforms of `base` reach 6, the correction 7, the filter 3 pixels
 LOOKED_AT = 4  # windows of a large picture from which its filter is found
 
 
@@ -199,8 +199,8 @@ def restorations(
 ) -> list[Restoration | None]:
     """The filter behind g_s that is worth its bits, of each of B pictures, for dequantised latents (B, h, w, M).
 
-    It is that of the least squared error; with another ``distortion`` it must lower that too. Of a large picture
-    LOOKED_AT windows and a few more tell it.
+    It is that of the least squared error; with another ``distortion`` it must lower that too, by its bits, where it is
+    looked at. Of a large picture LOOKED_AT windows and a few more are.
     """
     all_windows = [(*rows, *columns) for rows in _windows(net, y.shape[1]) for columns in _windows(net, y.shape[2])]
     stride = max(1, len(all_windows) // LOOKED_AT)
@@ -211,12 +211,13 @@ def restorations(
         parts = net.synthesis(y[:, above:below, before:after], code)
         for i, (part, picture, its_code) in enumerate(zip(parts, pictures, code.tolist(), strict=True)):
             seen = _samples(picture, top, bottom, left, right, y.device)
+            if seen.numel() == 0:
+                continue
             around = _with_surroundings(part, window, box, gray=picture.shape[2] == 1)
             around = around[: seen.shape[0] + 2 * REACH, : seen.shape[1] + 2 * REACH]
-            if seen.numel():
-                statistics[i].add(around, seen, its_code)
-                if not distortion.is_squared_error:
-                    looked_at[i].append((around, seen))
+            statistics[i].add(around, seen, its_code)
+            if not distortion.is_squared_error:
+                looked_at[i].append((around, seen))
     found = [
         its.best(its_code, picture.size // picture.shape[2])
         for its, its_code, picture in zip(statistics, code.tolist(), pictures, strict=True)

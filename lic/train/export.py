@@ -62,7 +62,7 @@ def export(
             calibrate(net, pictures)
         finally:
             pictures.close()
-    net.quantise(dependent)  # which neither training nor calibration knows of
+    net.quantise(dependent)  # which calibration does not know of, nor training but of the synthesis
     net.freeze()
     net.unit_tables = units or net.unit_tables
     provenance: dict[str, Any] = {

@@ -49,7 +49,7 @@ PARTS = {
     "context": "the context model alone, as a density model of latents that stay as they are",
     "nonlocal": "the non-local attention modules and the context model",
     "transforms": "analysis, hyper-analysis and synthesis for an entropy model that stays as it is",
-    "synthesis": "the synthesis transform and its gains, on latents rounded as the encoder does",
+    "synthesis": "the synthesis transform and its gains, on latents quantised as the encoder does",
     "gains": "the scaling factors of a finished model (log_gain, log_igain)",
     "tables": "these, centroids and the transforms' other tables by quality, the scales and offsets of their stages",
     "vectors": "these and the transforms' biases and depthwise kernels: all of them but their matrices",
