@@ -52,6 +52,8 @@ if coder.backend_info().startswith("torchac"):
     BACKENDS.append("torchac")
 GAUSSIAN = gaussian_tables()
 EIGHT_STATES = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]])  # those of VVC
+TRELLISES = {2: np.array([[0, 1], [1, 0]]), 8: EIGHT_STATES, 128: TRELLIS}
+needs_loops = pytest.mark.skipif(coder.native.load()[0] is None, reason=f"coder: {coder.backend_info()}")
 needs_torchac = pytest.mark.skipif("torchac" not in BACKENDS, reason=f"coder: {coder.backend_info()}")
 
 # The hyper-latents that stand in stream 0.
@@ -200,6 +202,17 @@ def test_blocks_hardly_cost_more_than_one_search(gaussian: Dependent, monkeypatc
     monkeypatch.setattr(dependent, "BLOCK", len(step.y))
     at_once = total()
     assert at_once * (1 - 1e-6) < in_blocks < at_once + chained / 512  # one bit for each
+
+
+@needs_loops
+@settings(max_examples=50, deadline=10_000)
+@given(step=steps(), states=st.sampled_from([2, 8, 128]))
+def test_compiled_loops_choose_the_same(gaussian: Dependent, step: Step, states: int) -> None:
+    quantiser = replace(gaussian, trellis=TRELLISES[states])
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = quantiser.choose(*step)
+        patch.setenv("LIC_CODER", "python")
+        assert np.array_equal(quantiser.choose(*step), chosen)
 
 
 def test_tiles_of_a_batch_are_chosen_by_themselves(gaussian: Dependent) -> None:
@@ -471,7 +484,7 @@ def test_chains_between_values(gaussian: Dependent) -> None:
     decoder = Decoder(encoder.finish(), repeat=True)
     for n, its in enumerate(values):
         if n % 2:
-            assert np.array_equal(decoder.pull_chain(chain, tables, gaussian.trellis.tolist()), its)
+            assert np.array_equal(decoder.pull_chain(chain, tables, gaussian.trellis), its)
         else:
             assert np.array_equal(decoder.pull(plain, tables), its)
     decoder.finish()
@@ -486,13 +499,18 @@ def test_damaged_chains(gaussian: Dependent, step: Step, seed: int, count: int) 
     code_steps(gaussian, writer, [step], [gaussian.choose(*step)], False)
     data = mutated(writer.streams[1], random)
     rows = 136 + 2 * random.integers(0, 72, count)
-    try:
-        decoder = Decoder(data)
-        values = decoder.pull_chain(rows, gaussian.tables, gaussian.trellis.tolist())
-        decoder.finish()
-    except CorruptError:
-        return
-    assert values.shape == (count,)
+    found = []
+    for backend in ("python", "auto"):
+        try:
+            decoder = Decoder(data, backend=backend)
+            values = decoder.pull_chain(rows, gaussian.tables, gaussian.trellis)
+            decoder.finish()
+        except CorruptError:
+            found.append(None)
+        else:
+            assert values.shape == (count,)
+            found.append(values.tolist())
+    assert found[0] == found[1]
 
 
 def test_chains_that_end_too_early(gaussian: Dependent) -> None:

@@ -5,7 +5,17 @@
 >>> values = decode(data, rows, tables)
 """
 
-from lic.coder.stream import VALUE_LIMIT, Decoder, Encoder, backend_info, code_lengths, decode, encode, ideal_bits
+from lic.coder.stream import (
+    VALUE_LIMIT,
+    Decoder,
+    Encoder,
+    backend_info,
+    code_lengths,
+    decode,
+    encode,
+    ideal_bits,
+    loops,
+)
 from lic.coder.tables import SCALES, Tables, gaussian_tables
 
 __all__ = [
@@ -20,4 +30,5 @@ __all__ = [
     "encode",
     "gaussian_tables",
     "ideal_bits",
+    "loops",
 ]

@@ -79,6 +79,22 @@ class RangeDecoder:
         self._used = 2
 
     @property
+    def data(self) -> bytes:
+        return self._data
+
+    @property
+    def state(self) -> tuple[int, int, int, int, int]:
+        """Low and high end, distance of the code value from low, offset of the next bit in the data, bits used."""
+        return self._low, self._high, self._distance, 8 * self._next - self._filled, self._used
+
+    @state.setter
+    def state(self, state: tuple[int, int, int, int, int]) -> None:
+        self._low, self._high, self._distance, position, self._used = state
+        self._next, self._filled = -(-position // 8), -position % 8
+        begun = self._data[position // 8 : self._next].ljust(1, b"\0")[0]
+        self._word = begun & ((1 << self._filled) - 1)
+
+    @property
     def bits_used(self) -> int:
         """Bits that the encoder would have written, its last two included, had it stopped here."""
         return self._used

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lic.coder import bypass, range_coder, torchac_backend
+from lic.coder import bypass, native, range_coder, torchac_backend
+from lic.coder.native import Loops
 from lic.coder.tables import COST_UNIT, END, IntArray, Tables
 from lic.errors import CorruptError, LicError, UsageError
 
@@ -181,6 +182,7 @@ class Decoder:
         if self._flag:
             self._deviating = self._read_deviations()
         self._repeated = _Repeated(data) if repeat and _use_torchac(backend) else None
+        self._wanted = _wanted(backend)
 
     def pull(self, rows: Ints, tables: Tables) -> IntArray:
         """The next (N,) int32 values, given their (N,) rows. Raises ValueError for rows that do not exist."""
@@ -196,15 +198,32 @@ class Decoder:
             symbols = np.array(self._range.read(coded.tolist(), tables.lists), dtype=np.int64)
         return self._assemble(symbols, coded, rows, tables)
 
-    def pull_chain(self, rows: Ints, tables: Tables, next_state: Sequence[Sequence[int]]) -> IntArray:
+    def pull_chain(self, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]) -> IntArray:
         """The next (N,) values, a chain: their rows depend on the values before.
 
         It begins in state 0. A value in an odd state has the row behind the one of ``rows``, none of them skipped,
-        and is followed by the state ``next_state[state][value & 1]``. In Python, whatever reads the rest.
+        and is followed by the state ``trellis[state, value & 1]``. Never by torchac, whatever reads the rest.
         """
         rows = self._coded_rows(_checked_rows(rows, tables), tables)
+        _checked_rows(rows + 1, tables)
         self._catch_up()
-        offset, escape = tables.offset.tolist(), (tables.size - 1).tolist()
+        compiled = None if self._wanted == "python" else native.load()[0]
+        if compiled is None:
+            used, symbols, values = self._read_chain(rows, tables, trellis)
+        else:
+            used, symbols, values = self._read_chain_natively(compiled, rows, tables, trellis)
+        if np.abs(values).max(initial=0) > VALUE_LIMIT:
+            raise CorruptError("damaged data: a value out of range")
+        if self._repeated is not None:
+            if self._repeated.fits(used, tables):
+                self._repeated.append(used, tables, symbols)
+            else:
+                self._repeated = None
+        return values.astype(np.int32)
+
+    def _read_chain(self, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]) -> tuple[Ints, Ints, Ints]:
+        """The rows used, the symbols and the values of a chain."""
+        offset, escape, after = tables.offset.tolist(), (tables.size - 1).tolist(), trellis.tolist()
         symbols: list[int] = []
         values: list[int] = []
         used: list[int] = []
@@ -217,23 +236,35 @@ class Decoder:
                 yield row
                 value = symbols[-1]
                 if value == escape[row]:
-                    beyond = self._bypass.exp_golomb(_ESCAPE_ORDER)
-                    value = -1 - (beyond >> 1) if beyond & 1 else value + (beyond >> 1)
+                    value = self._beyond(value)
                 value += offset[row]
                 values.append(value)
-                state = next_state[state][value & 1]
+                state = after[state][value & 1]
 
         if len(rows):
             self._range.read(chosen(), tables.lists, symbols)
-        if max(map(abs, values), default=0) > VALUE_LIMIT:
-            raise CorruptError("damaged data: a value out of range")
-        if self._repeated is not None:
-            read = np.array(used, dtype=np.intp)
-            if self._repeated.fits(read, tables):
-                self._repeated.append(read, tables, np.array(symbols, dtype=np.int64))
-            else:
-                self._repeated = None
-        return np.array(values, dtype=np.int32)
+        return np.array(used, np.int64), np.array(symbols, np.int64), np.array(values, np.int64)
+
+    def _read_chain_natively(
+        self, compiled: Loops, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]
+    ) -> tuple[Ints, Ints, Ints]:
+        """As :meth:`_read_chain`; only escapes are read in Python."""
+        used, symbols, values = np.zeros((3, len(rows)), np.int64)
+        known, state = 0, 0
+        while known < len(rows):
+            known, state = compiled.read_chain(
+                self._range, rows, known, tables, trellis, state, (used, symbols, values)
+            )
+            row, symbol = used[known - 1], int(symbols[known - 1])
+            if symbol == tables.size[row] - 1:
+                value = self._beyond(symbol) + int(tables.offset[row])
+                values[known - 1], state = value, int(trellis[state, value & 1])
+        return used, symbols, values
+
+    def _beyond(self, last: int) -> int:
+        """The symbol that an escape, the ``last`` one of a row, stands for."""
+        number = self._bypass.exp_golomb(_ESCAPE_ORDER)
+        return -1 - (number >> 1) if number & 1 else last + (number >> 1)
 
     def _catch_up(self) -> None:
         """Read in Python what torchac alone has read."""
@@ -280,8 +311,7 @@ class Decoder:
         for i in np.flatnonzero(symbols == last).tolist():
             begin = self._bypass.skip(int(before[i]) - passed) + int(before[i]) - passed
             passed = int(before[i])
-            beyond = self._bypass.exp_golomb(_ESCAPE_ORDER)
-            symbols[i] = -1 - (beyond >> 1) if beyond & 1 else last[i] + (beyond >> 1)
+            symbols[i] = self._beyond(int(last[i]))
             escape_bits[i] = self._bypass.skip(0) - begin
         self._bypass.skip(int(k.sum()) - passed)
         low = self._bypass.fields(start + before + np.cumsum(escape_bits), k)
@@ -355,11 +385,17 @@ def _least_bits(cost: int) -> int:
 
 
 def backend_info() -> str:
-    """What "auto" codes with and, if that is not torchac, why: one line. May compile torchac."""
+    """What "auto" codes with and, where nothing is compiled, why: one line. May compile torchac and the loops."""
     if _wanted("auto") == "python":
         return "python (LIC_CODER=python)"
-    reason = torchac_backend.problem()
-    return f"python ({reason})" if reason else "torchac (compiled)"
+    problem, of_loops = torchac_backend.problem(), native.load()[1]
+    symbols = f"python ({problem})" if problem else "torchac (compiled)"
+    return f"{symbols}, chains in {f'python ({of_loops})' if of_loops else 'C++ (compiled)'}"
+
+
+def loops() -> Loops | None:
+    """The compiled loops, which may be compiled now; None where that does not work, and with LIC_CODER=python."""
+    return None if _wanted("auto") == "python" else native.load()[0]
 
 
 def _wanted(backend: str) -> str:

@@ -2,14 +2,11 @@
 
 torchac compiles itself with torch's extension builder whenever it is imported. As it comes, that prints on
 stdout, needs ninja even when there is nothing to build, and waits for ever for the lock of a build that was
-killed. So the builder is replaced during the import: a finished build is loaded from its path; a new one is
-made in a folder of its own, under a lock that the system releases when its holder dies, and moved into
-place at the end.
+killed. So the builder is replaced during the import (:mod:`lic.coder.build`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -17,17 +14,17 @@ import logging
 import os
 import platform
 import shutil
-import stat
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from lic.coder import build
 
 Builder = Callable[..., ModuleType]
 
@@ -85,27 +82,25 @@ def _load() -> tuple[ModuleType | None, str | None]:
         finally:
             cpp_extension.load = original
     except Exception as error:  # whatever a compiler, a linker or a file system can do
-        return None, _one_line(error)
+        return None, build.one_line(error)
     return torchac, None
 
 
 def _load_extension(original: Builder, name: str, sources: list[str], **_: Any) -> ModuleType:
     """Stands in for torch.utils.cpp_extension.load: the extension from our folder, built first if need be."""
+    import torch
+
+    key = (
+        f"torchac-{importlib.metadata.version('torchac')}-torch-{torch.__version__}"
+        f"-{sys.implementation.cache_tag}-{sys.platform}-{platform.machine()}"
+    )
     file_name = name + (".pyd" if sys.platform == "win32" else ".so")
-    folder = _build_folder(file_name)
-    with contextlib.suppress(ImportError):  # not there yet, or of no use
-        return _import_file(name, folder / file_name)
-    with _locked(folder / "building") as alone:
-        with contextlib.suppress(ImportError):  # another process was faster
-            return _import_file(name, folder / file_name)
-        if alone:
-            for abandoned in folder.glob("build-*"):  # by processes that were killed
-                shutil.rmtree(abandoned, ignore_errors=True)
-        return _build(original, name, sources, folder / file_name)
+    return build.loaded(
+        key, file_name, functools.partial(_import_file, name), functools.partial(_built, original, name, sources)
+    )
 
 
-def _build(original: Builder, name: str, sources: list[str], target: Path) -> ModuleType:
-    """Compiles in a folder of its own; the result moves to ``target`` as a whole or not at all."""
+def _built(original: Builder, name: str, sources: list[str], folder: Path) -> tuple[ModuleType, Path]:
     from torch.utils.cpp_extension import get_cxx_compiler
 
     path = os.environ.get("PATH", os.defpath)
@@ -115,17 +110,12 @@ def _build(original: Builder, name: str, sources: list[str], target: Path) -> Mo
         if shutil.which(program, path=search) is None:
             raise RuntimeError(f"{program} not found, install {remedy} to compile torchac")
     _log.info("compiling torchac, once; this takes about half a minute")
-    folder = tempfile.mkdtemp(prefix="build-", dir=target.parent)
     os.environ["PATH"] = search
     try:
-        module = original(name=name, sources=sources, build_directory=folder, verbose=False)
-        complete = shutil.copy(str(module.__file__), Path(folder) / "complete")
-        with contextlib.suppress(OSError):  # in use by another process, on a system that forbids it
-            os.replace(complete, target)
+        module = original(name=name, sources=sources, build_directory=str(folder), verbose=False)
     finally:
         os.environ["PATH"] = path
-        shutil.rmtree(folder, ignore_errors=True)
-    return module
+    return module, Path(str(module.__file__))
 
 
 def _import_file(name: str, path: Path) -> ModuleType:
@@ -135,57 +125,3 @@ def _import_file(name: str, path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _build_folder(file_name: str) -> Path:
-    """One per combination of what the built file depends on; it holds that file already or is writable."""
-    import torch
-
-    key = (
-        f"torchac-{importlib.metadata.version('torchac')}-torch-{torch.__version__}"
-        f"-{sys.implementation.cache_tag}-{sys.platform}-{platform.machine()}"
-    )
-    if os.environ.get("LIC_CACHE_DIR"):
-        cache = Path(os.environ["LIC_CACHE_DIR"])
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lic"
-    folder = cache / key
-    with contextlib.suppress(OSError):
-        if (folder / file_name).is_file():
-            return folder
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return folder
-    # Nothing writable: keep the build in the temporary folder, if nobody else can put a library there.
-    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
-    shared = Path(tempfile.gettempdir()) / f"lic-{user}"
-    with contextlib.suppress(OSError):
-        shared.mkdir(mode=0o700, exist_ok=True)
-        status = shared.lstat()
-        ours = user in (str(status.st_uid), "user")
-        if ours and stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022:
-            (shared / key).mkdir(exist_ok=True)
-            return shared / key
-    return Path(tempfile.mkdtemp(prefix="lic-"))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Holds ``path`` as a lock that dies with its owner; False, at once, where there are no such locks."""
-    with contextlib.ExitStack() as stack:
-        try:
-            import fcntl
-
-            file = stack.enter_context(path.open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except (ImportError, OSError):
-            locked = False
-        yield locked
-
-
-def _one_line(error: Exception) -> str:
-    """The line of a compiler's output that names the error."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = (line for line in lines if "error" in line.lower() and "Error building" not in line)
-    return next(told, lines[0])

@@ -234,6 +234,10 @@ class Dependent:
         # The two ways into each state: the states before, and the branches.
         before, parity = np.divmod(np.argsort(self.trellis, axis=None, kind="stable").reshape(states, 2).T, 2)
         branch = 2 * (before % QUANTISERS) + parity
+        path, passed = np.zeros((2, costs.shape[1]), np.int64)
+        if (compiled := coder.loops()) is not None:
+            compiled.search(costs, (begins, ends, first, last), before, branch, (path, passed))
+            return path, passed
         order = np.argsort(begins - ends, kind="stable")  # the longest first
         begins, lengths, first, last = begins[order], (ends - begins)[order], first[order], last[order]
         links = [begins[: np.count_nonzero(lengths > i)] + i for i in range(lengths.max(initial=0))]
@@ -248,7 +252,6 @@ class Dependent:
             choices.append(other < one)
             np.minimum(one, other, out=total[:, :n])
             total[:, :n] -= total[:, :n].min(axis=0)  # so that single precision is enough
-        path, passed = np.zeros((2, costs.shape[1]), np.int64)
         state = np.where(last < 0, total.argmin(axis=0), last) if len(links) else last
         for link, choice in zip(reversed(links), reversed(choices), strict=True):
             n = len(link)

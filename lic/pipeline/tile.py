@@ -121,7 +121,7 @@ class Reader:
         self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
     ) -> np.ndarray:
         decoder = self._decoder(stream, repeat)
-        return decoder.pull_chain(rows, quantiser.tables, quantiser.trellis.tolist())
+        return decoder.pull_chain(rows, quantiser.tables, quantiser.trellis)
 
     def _decoder(self, stream: int, repeat: bool) -> coder.Decoder:
         if stream not in self._open:

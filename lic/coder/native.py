@@ -1,0 +1,153 @@
+"""The compiled loops of loops.cpp: where there is a C++ compiler; elsewhere numpy and plain Python do the same."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lic.coder import build
+from lic.coder.range_coder import RangeDecoder
+from lic.coder.tables import Tables
+from lic.errors import CorruptError
+
+_SOURCE = Path(__file__).with_name("loops.cpp")
+_int = ctypes.c_int64
+Ints = npt.NDArray[np.int64]
+
+
+class Loops:
+    """What takes too long in Python. Arrays must be contiguous, and every index in range."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._read_chain = library.lic_read_chain
+        self._read_chain.restype = ctypes.c_int64
+        self._search = library.lic_search
+        self._search.restype = None
+
+    def read_chain(
+        self,
+        decoder: RangeDecoder,
+        rows: Ints,
+        start: int,
+        tables: Tables,
+        trellis: Ints,
+        state: int,
+        found: tuple[Ints, Ints, Ints],
+    ) -> tuple[int, int]:
+        """Read symbols ``start`` and following of a chain, up to the next escape, as :meth:`Decoder.pull_chain` does.
+
+        Args:
+            decoder: has read those before; goes on.
+            rows: (N,), those of even states.
+            trellis: (states, 2).
+            state: of the chain before symbol ``start``.
+            found: the rows used, the symbols and the values, (N,) each, to be filled in.
+
+        Returns:
+            how many symbols of the chain are known then, and the state behind them; behind an escape that before it,
+            the value missing.
+
+        Raises:
+            CorruptError: a code value outside of a row, or the data has ended.
+        """
+        coder, chain = np.array(decoder.state, np.int64), np.array([state], np.int64)
+        known = self._read_chain(
+            decoder.data,
+            _int(len(decoder.data)),
+            _at(coder),
+            _at(np.ascontiguousarray(rows, np.int64)),
+            _int(start),
+            _int(len(rows)),
+            _at(tables.cdf),
+            _int(tables.cdf.shape[1]),
+            _at(tables.size),
+            _at(tables.offset),
+            _at(trellis),
+            _at(chain),
+            *map(_at, found),
+        )
+        if known < 0:
+            raise CorruptError("damaged data: a symbol outside the coder's alphabet, or a stream that ends too early")
+        low, high, distance, position, used = coder.tolist()
+        decoder.state = low, high, distance, position, used
+        return known, int(chain[0])
+
+    def search(
+        self,
+        costs: npt.NDArray[np.float32],
+        parts: tuple[Ints, Ints, Ints, Ints],
+        before: Ints,
+        branch: Ints,
+        found: tuple[Ints, Ints],
+    ) -> None:
+        """The search of :meth:`Dependent._search`.
+
+        Args:
+            costs: (4, N).
+            parts: begins, ends, and first and last states.
+            before: (2, states), and branch, the ways into each state.
+            found: branches and states before them, (N,) each, to be filled in.
+        """
+        begins, ends = parts[:2]
+        costs, before, branch = np.ascontiguousarray(costs), np.ascontiguousarray(before), np.ascontiguousarray(branch)
+        states = before.shape[1]
+        total = np.empty((2, states), np.float32)
+        choices = np.empty((int((ends - begins).max(initial=0)), states), np.uint8)
+        self._search(
+            _at(costs),
+            _int(costs.shape[1]),
+            *map(_at, parts),
+            _int(len(begins)),
+            _at(before),
+            _at(branch),
+            _int(states),
+            _at(total),
+            _at(choices),
+            *map(_at, found),
+        )
+
+
+def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@functools.cache
+def load() -> tuple[Loops | None, str | None]:
+    """The loops, or why there are none, in one line. The first call on a machine compiles them, in a second or two."""
+    try:
+        key = f"loops-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}-{sys.platform}-{platform.machine()}"
+        return build.loaded(key, "loops.so", _loaded, _built), None
+    except Exception as error:  # whatever a compiler, a linker or a file system can do
+        return None, build.one_line(error)
+
+
+def _loaded(path: Path) -> Loops:
+    try:
+        return Loops(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise ImportError(str(path)) from error
+
+
+def _built(folder: Path) -> tuple[Loops, Path]:
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"{command[0]} not found, install g++")
+    path = folder / "built.so"
+    command += ["-O3", "-shared", "-fPIC", "-o", str(path), str(_SOURCE)]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return _loaded(path), path
