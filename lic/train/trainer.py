@@ -36,10 +36,11 @@ from lic.train.dependent import dequantised
 from lic.train.latents import StoredLatents
 from lic.train.optimizers import make_optimizers
 
-STATE_VERSION = 9
+STATE_VERSION = 10
 LOSS_EXPONENT = 0.4
 MAX_COST = 20.0  # what one crop adds to a batch's loss: 99 of 100 crops of photographs cost less, patterns up to 20,000
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
+ENCODED, ENCODED_USES = 16, 3  # batches of dependently quantised latents at hand, and steps that each serves
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
 
@@ -157,6 +158,7 @@ class Trainer:
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
         self.latents: Callable[..., tuple[Tensor, Tensor]] = self.model.latents
         self.encoder: CodecModel | None = None  # that of dependently quantised latents
+        self.encoded: dict[int, tuple[Tensor, ...]] = {}  # what it made of the last batches, with pixels and codes
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step, self.seconds, self.pixels = 0, 0.0, 0
         self._seed_random()
@@ -188,6 +190,7 @@ class Trainer:
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "grids": self.model.grid_bits() if self.model.exact else None,
             "encoder": None if self.encoder is None else self.encoder.state_dict(),
+            "encoded": self.encoded,
             "dependent": None if self.encoder is None else _stored(self.encoder.dependent),
         }
         temporary = path.with_suffix(".tmp")
@@ -205,6 +208,8 @@ class Trainer:
         trainer.model.load_state_dict(state["model"])
         if state["encoder"] is not None:
             trainer._encode_with(state["encoder"], _dependent(state))
+            if trainer.rank == 0:  # whose batches they are
+                trainer.encoded = {k: tuple(t.to(device) for t in v) for k, v in state["encoded"].items()}
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
             for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -429,15 +434,13 @@ class Trainer:
         if isinstance(source, StoredLatents):
             crop = source.side
             inputs = source.batch(batch, self.generator)
+        elif self.encoder is not None:
+            inputs = self._encoded(source, self.encoder, batch, crop)
         else:
-            parts = {"chroma_part": s.chroma_part, "pattern_part": s.pattern_part}
-            x, code = sample(source, batch, crop, self.generator, **parts)
+            x, code = self._sample(source, batch, crop)
             if s.part == "context":
                 with self.autocast():
                     inputs = (*self.latents(x, code), code)
-            elif self.encoder is not None:
-                correction = DISTORTIONS[s.tune].correction
-                inputs = (x, dequantised(self.encoder, x, code, self._worth(x), correction), code)
             else:
                 inputs = (x, code, frozen, refine)
         loss, metrics = loss_of(*inputs)
@@ -455,6 +458,24 @@ class Trainer:
             trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
             torch._foreach_lerp_([self.average[k] for k in trained], list(trained.values()), 1 - decay)
         return metrics
+
+    def _sample(self, pictures: Pictures, batch: int, crop: int) -> tuple[Tensor, Tensor]:
+        """Pixels (B, H, W, 3) and their codes (B,)."""
+        parts = {"chroma_part": self.settings.chroma_part, "pattern_part": self.settings.pattern_part}
+        return sample(pictures, batch, crop, self.generator, **parts)
+
+    def _encoded(self, pictures: Pictures, encoder: CodecModel, batch: int, crop: int) -> tuple[Tensor, ...]:
+        """Pixels, what a decoder gets for them, and codes, each batch in ENCODED_USES steps, ENCODED apart.
+
+        Encoding costs more than what is learnt from it.
+        """
+        turn, place = divmod(self.step, ENCODED)
+        known = place in self.encoded and self.encoded[place][0].shape[:2] == (batch, crop)
+        if not known or turn % ENCODED_USES == place % ENCODED_USES:
+            x, code = self._sample(pictures, batch, crop)
+            latents = dequantised(encoder, x, code, self._worth(x), DISTORTIONS[self.settings.tune].correction)
+            self.encoded[place] = x, latents, code
+        return self.encoded[place]
 
     @torch.no_grad()
     def fit_shortcut(self, pictures: Pictures) -> None:
