@@ -59,16 +59,13 @@ class _Recorder:
         values: np.ndarray | None,
         *,
         last: bool,
-        repeat: bool = False,
     ) -> np.ndarray:
         self.rows.update(rows.astype("<i4").tobytes())
-        return self.inner.code(stream, rows, tables, values, last=last, repeat=repeat)
+        return self.inner.code(stream, rows, tables, values, last=last)
 
-    def code_chain(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
-    ) -> np.ndarray:
+    def code_chain(self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
         self.rows.update(rows.astype("<i4").tobytes())
-        return self.inner.code_chain(stream, rows, quantiser, values, repeat=repeat)
+        return self.inner.code_chain(stream, rows, quantiser, values)
 
 
 @dataclass(frozen=True)

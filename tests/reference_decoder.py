@@ -366,7 +366,7 @@ class Weights:
         settings = {**self.config, "grids": self.grids, "revision": 2}
         settings.pop("name", None)
         settled = json.dumps(settings, sort_keys=True).encode()
-        self.entropy_id = self._digest(settled, ("h_s", "context", "units", "tables", "trellis"))[:4]
+        self.entropy_id = self._digest(settled, ("h_s", "context", "units", "tables", "trellis", "chain"))[:4]
         self.synthesis_id = self._digest(b"", SYNTHESIS)[:2]
         self.y, self.z = (
             Tables(*(self.arrays[f"tables.{part}.{name}"] for name in ("cdf", "size", "offset", "raw_bits")))
@@ -534,26 +534,32 @@ def scales_and_means(answer: Activation, log2: Ints, index: Ints) -> tuple[Ints,
     return i, e + 4 - 8 * m, m
 
 
-def read_dependent(stream: Stream, tables: Tables, trellis: Ints, i: Ints, j: Ints) -> Ints:
+def read_dependent(stream: Stream, tables: Tables, arrays: dict[str, np.ndarray], i: Ints, j: Ints) -> Ints:
     """ŷ - m of the latents of a step, (N,) (5.12)."""
-    count = np.bincount(i, minlength=64)
-    t = next(t for t in range(8, 18) if count[t:17].sum() <= len(i) // 6)
-    large, medium, small = (np.flatnonzero(kind) for kind in (i >= 17, (i >= t) & (i < 17), i < t))
+    trellis, (least, u) = arrays["trellis"], arrays.get("chain", np.array([8, 17])).tolist()
+    t = least
+    if "chain" not in arrays:
+        count = np.bincount(i, minlength=64)
+        t = next(t for t in range(least, u + 1) if count[t:u].sum() <= len(i) // 6)
+    large, medium, small = (np.flatnonzero(kind).tolist() for kind in (i >= u, (i >= t) & (i < u), i < t))
+    if "chain" in arrays:
+        medium.sort(key=lambda at: (i[at], at))
     k, q = (np.zeros(len(i), np.int64) for _ in range(2))
 
     state = 0
     for at in medium:
         q[at] = state % 2
-        (k[at],) = stream.read(tables, [int(136 + 16 * (i[at] - 8) + 2 * j[at] + q[at])])
+        (k[at],) = stream.read(tables, [int(8 * u + 16 * (i[at] - least) + 2 * j[at] + q[at])])
         state = trellis[state, k[at] % 2]
 
-    c = 4 * (i[large] - 17) + j[large] // 2
-    parity = stream.read(tables, (280 + c).tolist())
+    parities = 8 * u + 16 * (u - least)
+    c = 4 * (i[large] - u) + j[large] // 2
+    parity = stream.read(tables, (parities + c).tolist())
     require(set(parity) <= {0, 1}, "a parity is out of range")
     for at, odd in zip(large, parity, strict=True):
         q[at] = state % 2
         state = trellis[state, odd]
-    rest = stream.read(tables, (468 + 4 * c + 2 * q[large] + parity).tolist())
+    rest = stream.read(tables, (parities + 4 * (64 - u) + 4 * c + 2 * q[large] + parity).tolist())
     k[large] = 2 * np.array(rest, np.int64) + np.array(parity, np.int64)
 
     k[small] = stream.read(tables, (8 * i[small] + j[small]).tolist())
@@ -582,7 +588,7 @@ class Tile:
         i, j, m = scales_and_means(answer, self.log2[place[2]], self.index[place[2]])
         tables = self.weights.y
         if "offsets" in self.weights.arrays:
-            values = read_dependent(stream, tables, self.weights.arrays["trellis"], i.ravel(), j.ravel())
+            values = read_dependent(stream, tables, self.weights.arrays, i.ravel(), j.ravel())
         else:
             values = np.array(stream.read(tables, (8 * i + j).ravel().tolist()), np.int64)
         self.y[place] = values.reshape(m.shape) + m

@@ -33,7 +33,7 @@ from lic.exact import exact_arithmetic
 from lic.model import dependent, store
 from lic.model.codec import CodecModel
 from lic.model.context import Geometry
-from lic.model.dependent import BLOCK, Coded, Dependent, Forgetful, Kinds, distance
+from lic.model.dependent import BLOCK, FIRST_CHAINS, Coded, Dependent, Forgetful, distance
 from lic.model.store import LoadedModel, ModelInfo
 from lic.part import Region
 from lic.pipeline import windows
@@ -41,18 +41,18 @@ from lic.pipeline.codec import Encoded, decode_rgb, decode_rgbs, encode_rgb, enc
 from lic.pipeline.distortion import DISTORTIONS
 from lic.pipeline.tile import CodedTiles, Latents, Reader, Writer, code_tiles, quantised
 from lic.quality import MAX_CODE, lambda_of
-from lic.train.dependent import TRELLIS, Statistics, _fitted, fit, trellis_of
+from lic.train.dependent import CHAINS, TRELLIS, Statistics, _fitted, fit, trellis_of
 
 ROOT = Path(__file__).parent.parent
-SMALL, MEDIUM, LARGE = range(0, 8), range(8, 17), range(17, 64)  # scale indices, the kinds being few enough
-SHARE = 6  # at most one latent of a step in so many is medium
+SMALL, MEDIUM, LARGE = range(0, 9), range(9, 26), range(26, 64)  # scale indices
+SHARE = 6  # with FIRST_CHAINS at most one latent of a step in so many is medium
 CODES = (0, 10_000, 20_000, 30_000)
 BACKENDS = ["python"]
 if coder.backend_info().startswith("torchac"):
     BACKENDS.append("torchac")
 GAUSSIAN = gaussian_tables()
 EIGHT_STATES = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]])  # those of VVC
-TRELLISES = {2: np.array([[0, 1], [1, 0]]), 8: EIGHT_STATES, 128: TRELLIS}
+TRELLISES = {2: np.array([[0, 1], [1, 0]]), 8: EIGHT_STATES, 256: TRELLIS}
 needs_loops = pytest.mark.skipif(coder.native.load()[0] is None, reason=f"coder: {coder.backend_info()}")
 needs_torchac = pytest.mark.skipif("torchac" not in BACKENDS, reason=f"coder: {coder.backend_info()}")
 
@@ -108,10 +108,10 @@ def bits_of(quantiser: Dependent, symbols: np.ndarray, q: int, i: int, j: int) -
         return coder.code_lengths(values, np.broadcast_to(rows, values.shape), quantiser.tables).astype(np.float64)
 
     if i in LARGE:
-        c = 4 * (i - 17) + j // 2
+        c = 4 * (i - 26) + j // 2
         parity = symbols & 1
-        return lengths(parity, 280 + c) + lengths(symbols >> 1, 468 + 4 * c + 2 * q + parity)
-    return lengths(symbols, 136 + 16 * (i - 8) + 2 * j + q if i in MEDIUM else 8 * i + j)
+        return lengths(parity, 480 + c) + lengths(symbols >> 1, 632 + 4 * c + 2 * q + parity)
+    return lengths(symbols, 208 + 16 * (i - 9) + 2 * j + q if i in MEDIUM else 8 * i + j)
 
 
 def cost_of(quantiser: Dependent, step: Step, at: int, q: int, symbols: np.ndarray) -> np.ndarray:
@@ -138,11 +138,12 @@ def least_cost(quantiser: Dependent, step: Step, chain: np.ndarray, choices: Cal
 
 def chain_of_six(random: np.random.Generator, kind: range) -> tuple[Step, np.ndarray]:
     """A step with one chain, of six latents, and the places of these; the others are small."""
-    n = 6 if kind is LARGE else 6 * SHARE
-    scale_index = np.zeros(n, int)
-    chain = np.sort(random.choice(n, 6, replace=False))
+    scale_index = np.zeros(36, int)
+    chain = np.sort(random.choice(36, 6, replace=False))
     scale_index[chain] = random.integers(kind.start, kind.stop, 6)
-    return step_of(random, scale_index), chain
+    return step_of(random, scale_index), chain if kind is LARGE else chain[
+        np.argsort(scale_index[chain], kind="stable")
+    ]
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,7 +199,7 @@ def test_blocks_hardly_cost_more_than_one_search(gaussian: Dependent, monkeypatc
         coded = gaussian.code(Forgetful(), step.scale_index, step.eighths, gaussian.choose(*step))
         return coded.bits + float(step.weight @ (step.y - coded.distances - coded.offsets) ** 2)
 
-    in_blocks, chained = total(), sum(map(len, Kinds.of(step.scale_index)[1:]))
+    in_blocks, chained = total(), sum(map(len, CHAINS.kinds(step.scale_index)[1:]))
     monkeypatch.setattr(dependent, "BLOCK", len(step.y))
     at_once = total()
     assert at_once * (1 - 1e-6) < in_blocks < at_once + chained / 512  # one bit for each
@@ -206,7 +207,7 @@ def test_blocks_hardly_cost_more_than_one_search(gaussian: Dependent, monkeypatc
 
 @needs_loops
 @settings(max_examples=50, deadline=10_000)
-@given(step=steps(), states=st.sampled_from([2, 8, 128]))
+@given(step=steps(), states=st.sampled_from([2, 8, 256]))
 def test_compiled_loops_choose_the_same(gaussian: Dependent, step: Step, states: int) -> None:
     quantiser = replace(gaussian, trellis=TRELLISES[states])
     with pytest.MonkeyPatch.context() as patch:
@@ -241,16 +242,30 @@ def test_errors_are_smaller_than_those_of_a_quantiser_with_as_many_bits(gaussian
 
 @settings(max_examples=200, deadline=None)
 @given(steps())
-def test_the_medium_latents_are_a_share_with_the_largest_scales(step: Step) -> None:
+def test_a_chain_goes_from_small_scales_to_large_ones(step: Step) -> None:
     scale_index = step.scale_index
-    small, medium, large = Kinds.of(scale_index)
+    kinds = CHAINS.kinds(scale_index)
+    assert sorted(np.concatenate(kinds)) == list(range(len(scale_index)))
+    for places, scales in zip(kinds, (SMALL, MEDIUM, LARGE), strict=True):
+        assert all(i in scales for i in scale_index[places])
+    for places in (kinds.small, kinds.large):
+        assert np.all(np.diff(places) > 0)
+    for one, other in itertools.pairwise(kinds.medium):
+        assert (scale_index[one], one) < (scale_index[other], other)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps())
+def test_in_first_chains_the_medium_latents_are_a_share_with_the_largest_scales(step: Step) -> None:
+    scale_index = step.scale_index
+    small, medium, large = FIRST_CHAINS.kinds(scale_index)
     assert sorted([*small, *medium, *large]) == list(range(len(scale_index)))
     assert all(np.all(np.diff(places) > 0) for places in (small, medium, large))
-    assert np.all(scale_index[large] >= LARGE.start) and np.all(scale_index[medium] >= MEDIUM.start)
-    assert np.all(scale_index[np.concatenate([small, medium])] < LARGE.start)
+    assert np.all(scale_index[large] >= 17) and np.all(scale_index[medium] >= 8)
+    assert np.all(scale_index[np.concatenate([small, medium])] < 17)
     assert len(medium) <= len(scale_index) // SHARE
-    assert scale_index[small].max(initial=0) < scale_index[medium].min(initial=LARGE.start)
-    if np.any(scale_index[small] >= MEDIUM.start):  # not even those of one scale more would have been few enough
+    assert scale_index[small].max(initial=0) < scale_index[medium].min(initial=17)
+    if np.any(scale_index[small] >= 8):  # not even those of one scale more would have been few enough
         more = np.count_nonzero(scale_index[small] == scale_index[small].max())
         assert len(medium) + more > len(scale_index) // SHARE
 
@@ -274,11 +289,11 @@ class OfStep:
     is_last: bool
 
     def code_chain(self, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
-        return self.symbols.code_chain(self.stream, rows, quantiser, values, repeat=self.has_stream)
+        return self.symbols.code_chain(self.stream, rows, quantiser, values)
 
     def code(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool) -> np.ndarray:
         last = last and (self.has_stream or self.is_last)
-        return self.symbols.code(self.stream, rows, tables, values, last=last, repeat=self.has_stream)
+        return self.symbols.code(self.stream, rows, tables, values, last=last)
 
 
 def code_steps(
@@ -320,9 +335,9 @@ def test_round_trip(gaussian: Dependent, tile: list[Step], shared: bool, by_choi
 
 def test_long_chains_with_escapes(gaussian: Dependent, backend: str) -> None:
     random = np.random.default_rng(5)
-    medium = np.where(np.arange(7000) % 7 == 0, random.integers(8, 17, 7000), 3)
-    assert len(Kinds.of(medium).medium) > BLOCK
-    tile = [step_of(random, scale_index, 0.02) for scale_index in (random.integers(17, 64, 1500), medium)]
+    medium = np.where(np.arange(7000) % 7 == 0, random.integers(9, 26, 7000), 3)
+    assert len(CHAINS.kinds(medium).medium) > BLOCK
+    tile = [step_of(random, scale_index, 0.02) for scale_index in (random.integers(26, 64, 1500), medium)]
     for step in tile:
         step.y[::100] = random.choice([-1, 1], len(step.y[::100])) * 500_000
     given = [gaussian.choose(*step) for step in tile]
@@ -344,10 +359,10 @@ def test_an_empty_stream_without_chains(gaussian: Dependent, backend: str) -> No
     nothing = np.zeros(0, np.int64)
     certain = np.flatnonzero(gaussian.tables.skipped)[:3]
     writer, reader = Writer(), Reader((b"",))
-    writer.code_chain(0, nothing, gaussian, nothing, repeat=True)
+    writer.code_chain(0, nothing, gaussian, nothing)
     writer.code(0, certain, gaussian.tables, np.zeros(3, np.int64), last=True)
     assert writer.streams == [b""]
-    assert reader.code_chain(0, nothing, gaussian, None, repeat=True).shape == (0,)
+    assert reader.code_chain(0, nothing, gaussian, None).shape == (0,)
     assert not reader.code(0, certain, gaussian.tables, None, last=True).any()
 
 
@@ -418,10 +433,10 @@ def split(places: np.ndarray, values: np.ndarray, tables: Tables) -> list[tuple[
     return list(zip(np.split(rows, cuts), np.split(values, cuts), strict=True))
 
 
-def pulled(data: bytes, rows: Sequence[np.ndarray], tables: Tables, repeat: bool) -> list[list[int]] | None:
-    """The values of each step, None if the stream is found to be damaged."""
+def pulled(data: bytes, rows: Sequence[np.ndarray], tables: Tables, backend: str) -> list[list[int]] | None:
+    """Values of the rows, pulled part by part, or None if that finds damage."""
     try:
-        decoder = Decoder(data, repeat=repeat)
+        decoder = Decoder(data, backend=backend)
         values = [decoder.pull(part, tables).tolist() for part in rows]
         decoder.finish()
     except CorruptError:
@@ -439,12 +454,9 @@ def mutated(data: bytes, random: np.random.Generator) -> bytes:
     return random.bytes(int(random.integers(2 * len(data))))
 
 
-@needs_torchac
 @settings(max_examples=100, deadline=None)
 @given(stream=rows_and_values(), seed=seeds)
-def test_repeating_decoders_read_the_same(
-    gaussian: Dependent, stream: tuple[np.ndarray, np.ndarray], seed: int
-) -> None:
+def test_compiled_loops_read_the_same(gaussian: Dependent, stream: tuple[np.ndarray, np.ndarray], seed: int) -> None:
     tables = gaussian.tables
     parts = split(*stream, tables)
     encoder = Encoder()
@@ -452,36 +464,22 @@ def test_repeating_decoders_read_the_same(
         encoder.push(values, rows, tables)
     data, rows_of = encoder.finish(), [rows for rows, _ in parts]
     expected = [values.tolist() for _, values in parts]
-    assert pulled(data, rows_of, tables, True) == expected
-    assert pulled(data, rows_of, tables, False) == expected
+    assert pulled(data, rows_of, tables, "auto") == expected
+    assert pulled(data, rows_of, tables, "python") == expected
     damaged = mutated(data, np.random.default_rng(seed))
-    both = pulled(damaged, rows_of, tables, True), pulled(damaged, rows_of, tables, False)
-    assert None in both or both[0] == both[1]
+    assert pulled(damaged, rows_of, tables, "auto") == pulled(damaged, rows_of, tables, "python")
 
 
-@needs_torchac
-@pytest.mark.parametrize("limit", [0, 20_000, 60_000, 100_000])
-def test_streams_that_torchac_cannot_hold(gaussian: Dependent, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python goes on wherever that turns out: with the chain, parities, or the rest of a step."""
-    random = np.random.default_rng(8)
-    tile = [step_of(random, random.integers(0, 40, 700), 0.05) for _ in range(3)]
-    given = [gaussian.choose(*step) for step in tile]
-    at_once = check_round_trip(gaussian, tile, given, shared=False)
-    monkeypatch.setattr(coder.stream, "_MAX_DECODE_BYTES", limit)
-    assert check_round_trip(gaussian, tile, given, shared=False) == at_once
-
-
-@needs_torchac
-def test_chains_between_values(gaussian: Dependent) -> None:
-    """What torchac has read already, Python reads again before a chain."""
+@pytest.mark.parametrize("backend", ["python", "auto"])
+def test_chains_between_values(gaussian: Dependent, backend: str) -> None:
     random, tables = np.random.default_rng(9), gaussian.tables
-    plain, chain = np.full(50, 8 * 12 + 4), 136 + 2 * random.integers(0, 72, 60)
+    plain, chain = np.full(50, 8 * 12 + 4), 208 + 2 * random.integers(0, 136, 60)
     values = [random.integers(-1, 2, len(rows)) for rows in (plain, chain, plain, chain, plain)]
     encoder = Encoder()
     for n, its in enumerate(values):
         rows = chain + gaussian.quantisers(its)[0] if n % 2 else plain
         encoder.push(its, rows, tables)
-    decoder = Decoder(encoder.finish(), repeat=True)
+    decoder = Decoder(encoder.finish(), backend=backend)
     for n, its in enumerate(values):
         if n % 2:
             assert np.array_equal(decoder.pull_chain(chain, tables, gaussian.trellis), its)
@@ -498,7 +496,7 @@ def test_damaged_chains(gaussian: Dependent, step: Step, seed: int, count: int) 
     writer = Writer()
     code_steps(gaussian, writer, [step], [gaussian.choose(*step)], False)
     data = mutated(writer.streams[1], random)
-    rows = 136 + 2 * random.integers(0, 72, count)
+    rows = 208 + 2 * random.integers(0, 136, count)
     found = []
     for backend in ("python", "auto"):
         try:
@@ -546,12 +544,12 @@ def test_damaged_tiles(gaussian: Dependent, tile: list[Step], shared: bool, seed
 @pytest.mark.parametrize("parity", [2, -1, 1000, -100_000])
 def test_a_parity_is_0_or_1(gaussian: Dependent, backend: str, parity: int) -> None:
     """In a stream that is sound but for that."""
-    c = 4 * (40 - 17) + 4 // 2
-    row = 468 + 4 * c + parity
+    c = 4 * (40 - 26) + 4 // 2
+    row = 632 + 4 * c + parity
     writer = Writer()
     writer.code(0, Z_ROWS, gaussian.tables, Z, last=True)
-    writer.code(1, np.array([280 + c]), gaussian.tables, np.array([parity]), last=False)
-    writer.code(1, np.array([row if 468 <= row < len(gaussian.tables) else 468]), gaussian.tables, Z[:1], last=True)
+    writer.code(1, np.array([480 + c]), gaussian.tables, np.array([parity]), last=False)
+    writer.code(1, np.array([row if 632 <= row < len(gaussian.tables) else 632]), gaussian.tables, Z[:1], last=True)
     step = Step(*(np.array([number]) for number in (0, 40, 4, 1)))
     with pytest.raises(CorruptError):
         code_steps(gaussian, Reader(tuple(writer.streams)), [step], None, False)
@@ -603,17 +601,17 @@ def test_more_states_cost_less(gaussian: Dependent) -> None:
 
 def test_tables_of_other_quantisers_are_refused(gaussian: Dependent) -> None:
     with pytest.raises(ValueError, match="another quantiser"):
-        Dependent(GAUSSIAN, gaussian.offsets, TRELLIS)
+        Dependent(GAUSSIAN, gaussian.offsets, TRELLIS, CHAINS)
     with pytest.raises(ValueError, match="another quantiser"):
-        Dependent(gaussian.tables, gaussian.offsets[:, :1], TRELLIS)
+        Dependent(gaussian.tables, gaussian.offsets[:, :1], TRELLIS, CHAINS)
     certain = {name: array.copy() for name, array in gaussian.tables.to_arrays().items()}
-    certain["cdf"][136], certain["size"][136], certain["offset"][136] = 65535, 2, 0
-    certain["cdf"][136, :2] = 0, 65534
+    certain["cdf"][208], certain["size"][208], certain["offset"][208] = 65535, 2, 0
+    certain["cdf"][208, :2] = 0, 65534
     raw = {name: array.copy() for name, array in gaussian.tables.to_arrays().items()}
     raw["raw_bits"][279] = 1
     for arrays in (certain, raw):
         with pytest.raises(ValueError, match="skips symbols or has raw bits"):
-            Dependent(Tables.from_arrays(arrays), gaussian.offsets, TRELLIS)
+            Dependent(Tables.from_arrays(arrays), gaussian.offsets, TRELLIS, CHAINS)
 
 
 # Models

@@ -197,12 +197,13 @@ def dependent_file(
     return packed(model, width, height, code, tile, streams, checks), written
 
 
+@pytest.mark.parametrize("quantiser", ["tiny-dependent", "tiny-chain"])
 @pytest.mark.parametrize("name", ["tiny", *MODELS])
-def test_same_symbols_with_dependent_quantisation(tmp_path: Path, name: str) -> None:
-    """In a picture that gives most systems steps with several chains, of medium and of large latents, and in tiles."""
+def test_same_symbols_with_dependent_quantisation(tmp_path: Path, name: str, quantiser: str) -> None:
+    """In a picture that gives most systems steps with medium and large latents, and in tiles."""
     (tmp_path / TINY.name).write_bytes(TINY.read_bytes())
     net = load_file(model_of(name).info).net
-    net.quantise(model_of("tiny-dependent").net.dependent)
+    net.quantise(model_of(quantiser).net.dependent)
     path = tmp_path / "dependent.safetensors"
     write_model(path, net, {"provenance": {}}, shared_from=read_info(tmp_path / TINY.name))
     model = load_file(read_info(path))
@@ -231,12 +232,11 @@ class WrongParity(Writer):
         values: np.ndarray | None,
         *,
         last: bool,
-        repeat: bool = False,
     ) -> np.ndarray:
         assert values is not None
         if stream == 1 and not last:
             values = np.concatenate([values[:1] + 2, values[1:]])
-        return super().code(stream, rows, tables, values, last=last, repeat=repeat)
+        return super().code(stream, rows, tables, values, last=last)
 
 
 def test_other_parities_are_refused() -> None:
@@ -247,7 +247,7 @@ def test_other_parities_are_refused() -> None:
         lic.decode(data)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-dependent", *MODELS])
+@pytest.mark.parametrize("name", ["tiny", "tiny-dependent", "tiny-chain", *MODELS])
 def test_wrong_number_of_streams_is_refused(name: str) -> None:
     model = model_of(name)
     container = parse(file_of(model, 64, 64, 30_000, 0, seed=1)[0])

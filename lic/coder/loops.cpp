@@ -1,7 +1,8 @@
 // Loops over latents that depend on the one before: in Python they would take a third of the time of a picture.
 //
-// lic_read_chain does what RangeDecoder.read and Decoder.pull_chain do, lic_search what Dependent._search does, number
-// for number; these are what they are tested against. The caller has checked that every index is in range.
+// lic_read_chain does what RangeDecoder.read and Decoder.pull_chain do, lic_states and lic_search what
+// Dependent.quantisers and Dependent._search do, number for number; these are what they are tested against. The caller
+// has checked that every index is in range.
 
 #include <cstdint>
 #include <cstring>
@@ -90,6 +91,15 @@ int64_t lic_read_chain(const uint8_t* data, int64_t size, int64_t* coder, const 
     coder[4] = used;
     *state = chain;
     return result;
+}
+
+// The states before each of n symbols of a chain that begins in `state`; returns the one behind them.
+int64_t lic_states(const int64_t* symbols, int64_t n, const int64_t* trellis, int64_t state, int64_t* states) {
+    for (int64_t i = 0; i < n; ++i) {
+        states[i] = state;
+        state = trellis[2 * state + (symbols[i] & 1)];
+    }
+    return state;
 }
 
 // Paths of least cost through `parts` parts of n latents. costs: (4, n), of the branches 2*quantiser + parity. before and

@@ -33,6 +33,8 @@ class Loops:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._read_chain = library.lic_read_chain
         self._read_chain.restype = ctypes.c_int64
+        self._states = library.lic_states
+        self._states.restype = ctypes.c_int64
         self._search = library.lic_search
         self._search.restype = None
 
@@ -83,6 +85,13 @@ class Loops:
         low, high, distance, position, used = coder.tolist()
         decoder.state = low, high, distance, position, used
         return known, int(chain[0])
+
+    def states(self, symbols: Ints, trellis: Ints, state: int) -> tuple[Ints, int]:
+        """States before the symbols (N,) of a chain that begins in ``state``, and the one behind them."""
+        symbols = np.ascontiguousarray(symbols, np.int64)
+        states = np.empty_like(symbols)
+        after = int(self._states(_at(symbols), _int(len(symbols)), _at(trellis), _int(state), _at(states)))
+        return states, after
 
     def search(
         self,

@@ -22,6 +22,7 @@ _ESCAPE_ORDER, _GAP_ORDER = 1, 13  # orders of the Exp-Golomb codes
 _MAX_UNUSED_BITS = 16  # between the two parts of a stream, and 1 in 2**15 more
 _POSITION_LIMIT = 1 << 40  # of a deviation: no stream has so many values
 _MAX_DECODE_BYTES = 1 << 29  # torchac wants one whole row per symbol
+_NO_TRELLIS = np.zeros((1, 2), np.int64)  # of symbols that say nothing of the rows of others
 Ints = npt.NDArray[Any]
 
 
@@ -55,7 +56,7 @@ def decode(data: bytes, rows: Ints, tables: Tables, *, backend: str = "auto") ->
         CorruptError: the data is no stream for these rows.
         ValueError, LicError: as in :func:`encode`.
     """
-    decoder = Decoder(data, repeat=True, backend=backend)
+    decoder = Decoder(data, whole=True, backend=backend)
     values = decoder.pull(rows, tables)
     decoder.finish()
     return values
@@ -164,14 +165,12 @@ class Encoder:
 class Decoder:
     """Reads one stream in steps; the rows of a step may depend on the values of the steps before.
 
-    torchac must know all rows at once: so it runs in Python, or, with ``repeat``, torchac (where it works) reads the
-    stream from its beginning for every step, which is much faster for a few large steps. Every method raises
-    CorruptError on damage.
+    By compiled loops or in Python; torchac must know all rows at once, so it only reads a ``whole`` stream, pulled in
+    one step. Every method raises CorruptError on damage.
     """
 
-    def __init__(self, data: bytes, *, repeat: bool = False, backend: str = "auto") -> None:
+    def __init__(self, data: bytes, *, whole: bool = False, backend: str = "auto") -> None:
         data = bytes(data)
-        self._size = len(data)
         self._data = data
         self._range = range_coder.RangeDecoder(data)
         self._bypass = bypass.BypassReader(data)
@@ -181,22 +180,33 @@ class Decoder:
         self._flag = self._range.read([0], [_FLAG_ROW])[0] if data else 0
         if self._flag:
             self._deviating = self._read_deviations()
-        self._repeated = _Repeated(data) if repeat and _use_torchac(backend) else None
-        self._wanted = _wanted(backend)
+        self._torchac = whole and _use_torchac(backend)
+        self._loops = None if _wanted(backend) == "python" else native.load()[0]
+        self._cost: int | None = None  # of the symbols that torchac has read, but for the flag
 
     def pull(self, rows: Ints, tables: Tables) -> IntArray:
         """The next (N,) int32 values, given their (N,) rows. Raises ValueError for rows that do not exist."""
         rows = _checked_rows(rows, tables)
         coded = self._coded_rows(rows, tables)
-        symbols: Ints = np.zeros(0, dtype=np.int64)
-        if self._repeated is not None and not self._repeated.fits(coded, tables):
-            self._catch_up()
-            self._repeated = None
-        if len(coded) and self._repeated is not None:
-            symbols = self._repeated.read(coded, tables)
-        elif len(coded):
-            symbols = np.array(self._range.read(coded.tolist(), tables.lists), dtype=np.int64)
-        return self._assemble(symbols, coded, rows, tables)
+        return self._assemble(self._read(coded, tables), coded, rows, tables)
+
+    def _read(self, coded: Ints, tables: Tables) -> Ints:
+        """The symbols of rows that are not skipped."""
+        width = int(tables.size[coded].max(initial=2)) + 2
+        if not len(coded):
+            return np.zeros(0, np.int64)
+        if self._torchac and (len(coded) + 1) * width * tables.cdf.itemsize <= _MAX_DECODE_BYTES:
+            cdfs = np.full((len(coded) + 1, width), END, np.uint16)
+            cdfs[0, :2] = _FLAG_ROW[:2]
+            cdfs[1:] = np.take(tables.cdf[:, :width], coded, axis=0)
+            symbols = torchac_backend.decode(self._data, cdfs)[1:]
+            if np.any(symbols >= tables.size[coded]):
+                raise CorruptError("damaged data: a symbol outside the coder's alphabet")
+            self._cost = int(tables.cost[coded, symbols].sum())
+            return symbols
+        if self._loops is None:
+            return np.array(self._range.read(coded.tolist(), tables.lists), np.int64)
+        return self._read_by_loops(self._loops, coded, tables, _NO_TRELLIS)[1]
 
     def pull_chain(self, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]) -> IntArray:
         """The next (N,) values, a chain: their rows depend on the values before.
@@ -206,33 +216,23 @@ class Decoder:
         """
         rows = self._coded_rows(_checked_rows(rows, tables), tables)
         _checked_rows(rows + 1, tables)
-        self._catch_up()
-        compiled = None if self._wanted == "python" else native.load()[0]
-        if compiled is None:
-            used, symbols, values = self._read_chain(rows, tables, trellis)
+        if self._loops is None:
+            values = self._read_chain(rows, tables, trellis)
         else:
-            used, symbols, values = self._read_chain_natively(compiled, rows, tables, trellis)
+            values = self._read_by_loops(self._loops, rows, tables, trellis)[0]
         if np.abs(values).max(initial=0) > VALUE_LIMIT:
             raise CorruptError("damaged data: a value out of range")
-        if self._repeated is not None:
-            if self._repeated.fits(used, tables):
-                self._repeated.append(used, tables, symbols)
-            else:
-                self._repeated = None
         return values.astype(np.int32)
 
-    def _read_chain(self, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]) -> tuple[Ints, Ints, Ints]:
-        """The rows used, the symbols and the values of a chain."""
+    def _read_chain(self, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]) -> Ints:
         offset, escape, after = tables.offset.tolist(), (tables.size - 1).tolist(), trellis.tolist()
         symbols: list[int] = []
         values: list[int] = []
-        used: list[int] = []
 
         def chosen() -> Iterator[int]:
             state = 0
             for row in rows.tolist():
                 row += state & 1
-                used.append(row)
                 yield row
                 value = symbols[-1]
                 if value == escape[row]:
@@ -243,40 +243,31 @@ class Decoder:
 
         if len(rows):
             self._range.read(chosen(), tables.lists, symbols)
-        return np.array(used, np.int64), np.array(symbols, np.int64), np.array(values, np.int64)
+        return np.array(values, np.int64)
 
-    def _read_chain_natively(
-        self, compiled: Loops, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]
-    ) -> tuple[Ints, Ints, Ints]:
-        """As :meth:`_read_chain`; only escapes are read in Python."""
+    def _read_by_loops(
+        self, loops: Loops, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]
+    ) -> tuple[Ints, Ints]:
+        """The values of a chain, and its symbols. With _NO_TRELLIS it is none, and escapes are left to others."""
         used, symbols, values = np.zeros((3, len(rows)), np.int64)
         known, state = 0, 0
         while known < len(rows):
-            known, state = compiled.read_chain(
-                self._range, rows, known, tables, trellis, state, (used, symbols, values)
-            )
+            known, state = loops.read_chain(self._range, rows, known, tables, trellis, state, (used, symbols, values))
             row, symbol = used[known - 1], int(symbols[known - 1])
-            if symbol == tables.size[row] - 1:
+            if symbol == tables.size[row] - 1 and trellis is not _NO_TRELLIS:
                 value = self._beyond(symbol) + int(tables.offset[row])
                 values[known - 1], state = value, int(trellis[state, value & 1])
-        return used, symbols, values
+        return values, symbols
 
     def _beyond(self, last: int) -> int:
         """The symbol that an escape, the ``last`` one of a row, stands for."""
         number = self._bypass.exp_golomb(_ESCAPE_ORDER)
         return -1 - (number >> 1) if number & 1 else last + (number >> 1)
 
-    def _catch_up(self) -> None:
-        """Read in Python what torchac alone has read."""
-        if self._repeated is not None:
-            for rows, tables in self._repeated.ahead:
-                self._range.read(rows.tolist(), tables.lists)
-            self._repeated.ahead.clear()
-
     def finish(self) -> None:
         """Raises CorruptError unless the values pulled so far are exactly the whole stream."""
-        if self._repeated is not None and self._data:
-            self._check_length(_least_bits(self._repeated.cost + _FLAG_COST[self._flag]))
+        if self._cost is not None:
+            self._check_length(_least_bits(self._cost + _FLAG_COST[self._flag]))
         else:
             self._check_length(self._range.bits_used if self._data else 0)
 
@@ -332,51 +323,9 @@ class Decoder:
 
     def _check_length(self, coded_bits: int) -> None:
         """Whether the stream is used up, given a lower bound on the bits of its coded symbols."""
-        unused = 8 * self._size - coded_bits - self._bypass.bits_used
+        unused = 8 * len(self._data) - coded_bits - self._bypass.bits_used
         if not 0 <= unused < _MAX_UNUSED_BITS + (coded_bits >> 15) or self._applied < len(self._deviating[0]):
             raise CorruptError("damaged data: a coded stream has the wrong length")
-
-
-class _Repeated:
-    """Reads a stream with torchac, from its beginning each time that more of its rows are known.
-
-    ``ahead``: rows that nobody else has read, and their tables.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        self.cost = 0  # of the symbols so far, but for the flag
-        self.ahead: list[tuple[Ints, Tables]] = []
-        self._data = data
-        self._cdfs = np.array([_FLAG_ROW[:2]], dtype=np.uint16)
-
-    def fits(self, rows: Ints, tables: Tables) -> bool:
-        """Whether torchac, which wants one whole row per symbol, would not need too much memory for these as well."""
-        width = int(tables.size[rows].max(initial=2)) + 2
-        size = (len(self._cdfs) + len(rows)) * max(width, self._cdfs.shape[1])
-        return size * self._cdfs.itemsize <= _MAX_DECODE_BYTES
-
-    def read(self, rows: Ints, tables: Tables) -> Ints:
-        """Symbols of the next rows, at least one and none of them skipped. Raises CorruptError."""
-        before = len(self._cdfs)
-        self._extend(rows, tables)
-        symbols = torchac_backend.decode(self._data, self._cdfs)[before:]
-        if np.any(symbols >= tables.size[rows]):
-            raise CorruptError("damaged data: a symbol outside the coder's alphabet")
-        self.cost += int(tables.cost[rows, symbols].sum())
-        self.ahead.append((rows, tables))
-        return symbols
-
-    def append(self, rows: Ints, tables: Tables, symbols: Ints) -> None:
-        """The next rows, whose symbols are known."""
-        self._extend(rows, tables)
-        self.cost += int(tables.cost[rows, symbols].sum())
-
-    def _extend(self, rows: Ints, tables: Tables) -> None:
-        before, width = len(self._cdfs), int(tables.size[rows].max(initial=2)) + 2
-        cdfs = np.full((before + len(rows), max(width, self._cdfs.shape[1])), END, dtype=np.uint16)
-        cdfs[:before, : self._cdfs.shape[1]] = self._cdfs
-        cdfs[before:, :width] = np.take(tables.cdf[:, :width], rows, axis=0)
-        self._cdfs = cdfs
 
 
 def _least_bits(cost: int) -> int:

@@ -8,13 +8,13 @@ before it in its chain, through a state of the trellis. The encoder looks for th
 (Viterbi). Where every latent by itself must choose between integers that are far apart, a path can pass near all of
 them: smaller errors at the same rate, up to 1.5 dB in theory, more of that the more states there are.
 
-The table of a latent depends on its quantiser, and one call of torchac needs all tables in advance. So the latents of a
-step are of three kinds, by the scale that is predicted for them:
+The latents of a step are of three kinds, by the scale that is predicted for them:
 
-- large: their parity hardly depends on the quantiser. All parities are coded first, which settles the quantisers, and
-  then the rest of each symbol.
-- medium: coded one after another, by the coder in Python; no more of them than one in so many of the step.
-- small: nearly always 0. They are in no chain and have quantiser 0.
+- small: nearly always 0. They are in no chain and have quantiser 0: their zeros would only let the chain forget.
+- medium: first in the chain, from small scales to large ones, so that those that are often 0 do not part the others.
+  Their tables depend on their quantisers, which only those before them tell.
+- large: behind them. Their parity hardly depends on the quantiser: all parities are coded, which settles the
+  quantisers, and then the rest of each symbol.
 """
 
 from __future__ import annotations
@@ -33,19 +33,11 @@ from lic.errors import CorruptError
 SPACING_LOG2 = -3400  # of the integers' distance in quantiser steps: 9/16, in 4096ths of an octave
 SPACING = 2.0 ** (SPACING_LOG2 / 4096)
 BLOCK, WINDOW = 512, 128  # latents that the search goes through at a time, and looks at each way to tie these up
-LEAST, LARGE = 8, 17  # scale indices from which latents are medium and large
-MEDIUM_SHARE = 6  # at most one latent of a step in so many is medium
 FRACTIONS = 8  # positions of the mean between two integers
 COARSE = 4  # of them that tables of large latents tell apart
 QUANTISERS = 2
 MAX_STATES = 256
 OFFSETS = 4  # magnitudes of symbols that offsets tell apart: 0, 1, 2, more
-
-# First rows of the tables of each kind.
-_MEDIUM = LARGE * FRACTIONS
-_PARITY = _MEDIUM + (LARGE - LEAST) * FRACTIONS * QUANTISERS
-_REST = _PARITY + (len(SCALES) - LARGE) * COARSE
-ROWS = _REST + (len(SCALES) - LARGE) * COARSE * QUANTISERS * 2
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -74,21 +66,70 @@ class Forgetful:
 
 
 class Kinds(NamedTuple):
-    """Places of the latents of each kind in a step."""
+    """Places of the latents of each kind in a step, in the order in which they are coded."""
 
     small: Ints
     medium: Ints
     large: Ints
 
-    @classmethod
-    def of(cls, scale_index: Ints) -> Kinds:
-        """Of scale indices (N,). The medium ones have the largest scales of those that could be."""
-        count = np.bincount(scale_index, minlength=len(SCALES))
-        least = LEAST
-        while count[least:LARGE].sum() > len(scale_index) // MEDIUM_SHARE:
-            least += 1
-        is_large, is_small = scale_index >= LARGE, scale_index < least
-        return cls(*(np.flatnonzero(kind) for kind in (is_small, ~is_small & ~is_large, is_large)))
+
+@dataclass(frozen=True)
+class Chains:
+    """Which latents of a step are in its chain, and which rows of the tables they have.
+
+    least, large: scale indices from which latents are medium and large. share: None, or at most one latent of a step in
+    so many is medium, those of the largest scales, in their order in the step (weights of before 2026-11-30).
+    """
+
+    least: int
+    large: int
+    share: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.large <= len(SCALES):
+            raise ValueError("kinds of latents that are none")
+
+    @property
+    def medium_row(self) -> int:
+        """The first row of medium latents, behind those of small ones."""
+        return self.large * FRACTIONS
+
+    @property
+    def parity_row(self) -> int:
+        return self.medium_row + (self.large - self.least) * FRACTIONS * QUANTISERS
+
+    @property
+    def rest_row(self) -> int:
+        return self.parity_row + (len(SCALES) - self.large) * COARSE
+
+    @property
+    def rows(self) -> int:
+        return self.rest_row + (len(SCALES) - self.large) * COARSE * QUANTISERS * 2
+
+    def kinds(self, scale_index: Ints) -> Kinds:
+        """Of scale indices (N,)."""
+        least = self.least
+        if self.share is not None:
+            count = np.bincount(scale_index, minlength=len(SCALES))
+            while count[least : self.large].sum() > len(scale_index) // self.share:
+                least += 1
+        is_large, is_small = scale_index >= self.large, scale_index < least
+        small, medium, large = (np.flatnonzero(kind) for kind in (is_small, ~is_small & ~is_large, is_large))
+        if self.share is None:
+            medium = medium[np.argsort(scale_index[medium], kind="stable")]
+        return Kinds(small, medium, large)
+
+    def rows_of_medium(self, scale_index: Ints, eighths: Ints) -> Ints:
+        """Those of quantiser 0."""
+        return self.medium_row + ((scale_index - self.least) * FRACTIONS + eighths) * QUANTISERS
+
+    def rows_of_large(self, scale_index: Ints, eighths: Ints) -> tuple[Ints, Ints]:
+        """Those of parities, and those of the rest with quantiser 0 and parity 0."""
+        coarse = (scale_index - self.large) * COARSE + eighths * COARSE // FRACTIONS
+        return self.parity_row + coarse, self.rest_row + 2 * QUANTISERS * coarse
+
+
+FIRST_CHAINS = Chains(8, 17, share=6)  # of weights that do not say
 
 
 class Coded(NamedTuple):
@@ -109,7 +150,7 @@ def distance(symbol: Ints, quantiser: Ints | int) -> Ints:
 class Dependent:
     """What dependent quantisation of a model needs besides its networks.
 
-    tables: ROWS rows, of small latents, of medium ones, of parities of large ones, of the rest of large ones. offsets:
+    tables: of small latents, of medium ones, of parities of large ones, of the rest of large ones. offsets:
     (scales, QUANTISERS, OFFSETS), how much farther than its integer, in integers, a latent is expected from the mean;
     for symbol 0 that is a share of the mean's fraction. trellis: (states, 2), the state that follows a state and the
     parity of its symbol; a state has quantiser state & 1, and two ways lead to each. ValueError if they are not so.
@@ -118,6 +159,7 @@ class Dependent:
     tables: Tables
     offsets: Floats
     trellis: Ints
+    chains: Chains
 
     def __post_init__(self) -> None:
         states = len(self.trellis)
@@ -125,9 +167,9 @@ class Dependent:
             raise ValueError("no trellis of two ways from each state")
         if not np.array_equal(np.sort(self.trellis, axis=None), np.repeat(np.arange(states), 2)):
             raise ValueError("a trellis that has not two ways to each state")
-        if len(self.tables) != ROWS or self.offsets.shape != (len(SCALES), QUANTISERS, OFFSETS):
+        if len(self.tables) != self.chains.rows or self.offsets.shape != (len(SCALES), QUANTISERS, OFFSETS):
             raise ValueError("tables of another quantiser")
-        medium = slice(_MEDIUM, _PARITY)
+        medium = slice(self.chains.medium_row, self.chains.parity_row)
         if self.tables.skipped[medium].any() or self.tables.raw_bits[medium].any():
             raise ValueError("a table of chained latents skips symbols or has raw bits")
 
@@ -140,7 +182,7 @@ class Dependent:
             weight: bits that a squared error of one integer is worth.
         """
         shape, n = scale_index.shape, scale_index.shape[-1]
-        by_tile = [Kinds.of(its) for its in np.atleast_2d(scale_index)]
+        by_tile = [self.chains.kinds(its) for its in np.atleast_2d(scale_index)]
         kinds = [np.concatenate([n * b + at for b, at in enumerate(its)]) for its in zip(*by_tile, strict=True)]
         chains = [np.concatenate([n * b + its.medium, n * b + its.large]) for b, its in enumerate(by_tile)]
         y, weight, scale_index, eighths = y.ravel(), weight.ravel(), scale_index.ravel(), eighths.ravel()
@@ -168,7 +210,7 @@ class Dependent:
 
     def symbols_of(self, distances: Ints, scale_index: Ints) -> Ints:
         """Symbols of the latents of a step (N,); of distances that those before do not allow, those next to them."""
-        small, medium, large = Kinds.of(scale_index)
+        small, medium, large = self.chains.kinds(scale_index)
         symbols = np.empty_like(distances)
         symbols[small] = distances[small] >> 1
         chain, after, state = np.concatenate([medium, large]), self.trellis.tolist(), 0
@@ -182,13 +224,13 @@ class Dependent:
 
     def code(self, symbols: SymbolCoder, scale_index: Ints, eighths: Ints, given: Ints | None) -> Coded:
         """Code the latents of a step (N,); ``given`` are their symbols, None for readers. Raises CorruptError."""
-        kinds = Kinds.of(scale_index)
+        kinds = self.chains.kinds(scale_index)
         small, medium, large = kinds
         values, quantisers = np.zeros((2, len(scale_index)), np.int64)
-        rows = _medium_rows(scale_index[medium], eighths[medium])
+        rows = self.chains.rows_of_medium(scale_index[medium], eighths[medium])
         values[medium] = symbols.code_chain(rows, self, None if given is None else given[medium])
         quantisers[medium], state = self.quantisers(values[medium])
-        rows, rest_rows = _large_rows(scale_index[large], eighths[large])
+        rows, rest_rows = self.chains.rows_of_large(scale_index[large], eighths[large])
         parities = symbols.code(rows, self.tables, None if given is None else given[large] & 1, last=False)
         if given is None and np.any(parities & ~1):
             raise CorruptError("damaged: a parity is out of range")
@@ -284,8 +326,8 @@ class Dependent:
         if kind == 0:
             return coder.code_lengths(symbol, _small_rows(scale_index, eighths), self.tables)
         if kind == 1:
-            return coder.code_lengths(symbol, _medium_rows(scale_index, eighths) + quantiser, self.tables)
-        parity_rows, rest_rows = _large_rows(scale_index, eighths)
+            return coder.code_lengths(symbol, self.chains.rows_of_medium(scale_index, eighths) + quantiser, self.tables)
+        parity_rows, rest_rows = self.chains.rows_of_large(scale_index, eighths)
         parity = symbol & 1
         of_parity = coder.code_lengths(parity, parity_rows, self.tables)
         return of_parity + coder.code_lengths(symbol >> 1, rest_rows + 2 * quantiser + parity, self.tables)
@@ -299,14 +341,3 @@ class Dependent:
 
 def _small_rows(scale_index: Ints, eighths: Ints) -> Ints:
     return scale_index * FRACTIONS + eighths
-
-
-def _medium_rows(scale_index: Ints, eighths: Ints) -> Ints:
-    """Those of quantiser 0."""
-    return _MEDIUM + ((scale_index - LEAST) * FRACTIONS + eighths) * QUANTISERS
-
-
-def _large_rows(scale_index: Ints, eighths: Ints) -> tuple[Ints, Ints]:
-    """Those of parities, and those of the rest with quantiser 0 and parity 0."""
-    coarse = (scale_index - LARGE) * COARSE + eighths * COARSE // FRACTIONS
-    return _PARITY + coarse, _REST + 2 * QUANTISERS * coarse

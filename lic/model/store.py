@@ -30,7 +30,7 @@ from lic.coder import Tables
 from lic.container import Header
 from lic.errors import LicError, UnsupportedError
 from lic.model.config import Config
-from lic.model.dependent import Dependent
+from lic.model.dependent import FIRST_CHAINS, Chains, Dependent
 from lic.quality import Tune
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 EXACT_PARTS = ("h_s", "context")
-ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables", "trellis")
+ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables", "trellis", "chain")
 SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets")
 REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
 NETWORKS = ("g_a", "g_s", "h_a")
@@ -50,7 +50,7 @@ LIMIT = "g_s.limit"  # Synthesis.limit, left out where it is infinite
 ADAPTED = "g_a.last.left"  # an adapter's first half; if there is one, every matrix of g_a and g_s has one of that rank
 CENTROIDS = "centroids"  # left out where they are zeros
 OFFSETS = "offsets"  # of dependent quantisation; weights without are of scalar quantisation
-TRELLIS = "trellis"  # of dependent quantisation
+TRELLIS, CHAIN = "trellis", "chain"  # of dependent quantisation, the second the least and large of its Chains
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -190,7 +190,8 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
             if TRELLIS not in arrays:
                 raise ValueError("dependent quantisation without a trellis, as on 2026-11-29 alone")
             trellis = arrays[TRELLIS].astype(np.int64)
-            dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32), trellis)
+            chains = Chains(*map(int, arrays[CHAIN])) if CHAIN in arrays else FIRST_CHAINS
+            dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32), trellis, chains)
         net = _network(info, arrays, dependent, device)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -215,7 +216,7 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependen
         if (
             name.partition(".")[0] in ("tables", "units")
             or name.endswith((SCALE, EXPONENT))
-            or name in (LIMIT, PACKED, OFFSETS, TRELLIS)
+            or name in (LIMIT, PACKED, OFFSETS, TRELLIS, CHAIN)
         ):
             continue
         full = value.astype(np.float32)
@@ -321,6 +322,8 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     if net.dependent is not None:
         arrays[OFFSETS] = _half(net.dependent.offsets)
         arrays[TRELLIS] = net.dependent.trellis.astype(np.uint8)
+        if net.dependent.chains != FIRST_CHAINS:
+            arrays[CHAIN] = np.array([net.dependent.chains.least, net.dependent.chains.large], np.uint8)
     if not arrays[CENTROIDS].any():
         del arrays[CENTROIDS]
     if math.isfinite(net.g_s.limit):

@@ -5,7 +5,6 @@ They differ only in the object that turns (symbols, table rows) into bytes or ba
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -38,20 +37,16 @@ class SymbolCoder(Protocol):
         values: np.ndarray | None,
         *,
         last: bool,
-        repeat: bool = False,
     ) -> np.ndarray:
         """The next values of a stream, all those that are left if ``last``.
 
-        rows and values, integers (N,); values is None for a reader. ``repeat``: the stream comes in so few parts that
-        it is faster to begin anew with each than to stop between them.
+        rows and values, integers (N,); values is None for a reader.
         """
 
-    def code_chain(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
-    ) -> np.ndarray:
+    def code_chain(self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
         """The next values of a stream, in the chain of a step of dependent quantisation; it goes on behind them.
 
-        rows: those of quantiser 0; those of quantiser 1 follow each. ``repeat`` as above.
+        rows: those of quantiser 0; those of quantiser 1 follow each.
         """
 
 
@@ -76,7 +71,6 @@ class Writer:
         values: np.ndarray | None,
         *,
         last: bool,
-        repeat: bool = False,
     ) -> np.ndarray:
         assert values is not None and stream not in self._finished
         self._open.setdefault(stream, coder.Encoder()).push(values, rows, tables)
@@ -84,9 +78,7 @@ class Writer:
             self._finished[stream] = self._open.pop(stream).finish()
         return values
 
-    def code_chain(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
-    ) -> np.ndarray:
+    def code_chain(self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
         assert values is not None
         return self.code(stream, rows + quantiser.quantisers(values)[0], quantiser.tables, values, last=False)
 
@@ -106,26 +98,23 @@ class Reader:
         values: np.ndarray | None,
         *,
         last: bool,
-        repeat: bool = False,
     ) -> np.ndarray:
         if last and stream not in self._open:
             return coder.decode(self.streams[stream], rows, tables)  # all at once is faster
-        decoder = self._decoder(stream, repeat)
+        decoder = self._decoder(stream)
         values = decoder.pull(rows, tables)
         if last:
             decoder.finish()
             del self._open[stream]
         return values
 
-    def code_chain(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
-    ) -> np.ndarray:
-        decoder = self._decoder(stream, repeat)
+    def code_chain(self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
+        decoder = self._decoder(stream)
         return decoder.pull_chain(rows, quantiser.tables, quantiser.trellis)
 
-    def _decoder(self, stream: int, repeat: bool) -> coder.Decoder:
+    def _decoder(self, stream: int) -> coder.Decoder:
         if stream not in self._open:
-            self._open[stream] = coder.Decoder(self.streams[stream], repeat=repeat)
+            self._open[stream] = coder.Decoder(self.streams[stream])
         return self._open[stream]
 
 
@@ -145,20 +134,17 @@ class LeadingReader(Reader):
         values: np.ndarray | None,
         *,
         last: bool,
-        repeat: bool = False,
     ) -> np.ndarray:
         if stream >= len(self.streams):
             return np.zeros(len(rows), np.int32)  # values count from the predicted mean, rounded
         self.stream = stream
-        return super().code(stream, rows, tables, values, last=last, repeat=repeat)
+        return super().code(stream, rows, tables, values, last=last)
 
-    def code_chain(
-        self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None, *, repeat: bool
-    ) -> np.ndarray:
+    def code_chain(self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
         if stream >= len(self.streams):
             return np.zeros(len(rows), np.int32)
         self.stream = stream
-        return super().code_chain(stream, rows, quantiser, values, repeat=repeat)
+        return super().code_chain(stream, rows, quantiser, values)
 
 
 @dataclass
@@ -184,18 +170,17 @@ class CodedTiles:
 
 
 class Place(NamedTuple):
-    """Where a step is coded: its stream, and whether it is all of it or the last of it."""
+    """Where a step is coded: its stream, and whether it is the last of it."""
 
     stream: int
-    is_whole_stream: bool
     ends_stream: bool
 
 
 def places(schedule: Schedule, geometry: Geometry) -> list[Place]:
     """Of every step."""
     streams = [1 + schedule.stream_of(step) for step in range(schedule.steps(geometry))]
-    count, last = Counter(streams), {stream: step for step, stream in enumerate(streams)}
-    return [Place(stream, count[stream] == 1, last[stream] == step) for step, stream in enumerate(streams)]
+    last = {stream: step for step, stream in enumerate(streams)}
+    return [Place(stream, last[stream] == step) for step, stream in enumerate(streams)]
 
 
 class Part(NamedTuple):
@@ -319,12 +304,11 @@ class _OfStep:
     place: Place
 
     def code_chain(self, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
-        repeat = self.place.is_whole_stream
-        return self.symbols.code_chain(self.place.stream, rows, quantiser, values, repeat=repeat)
+        return self.symbols.code_chain(self.place.stream, rows, quantiser, values)
 
     def code(self, rows: np.ndarray, tables: Tables, values: np.ndarray | None, *, last: bool) -> np.ndarray:
         last = last and self.place.ends_stream
-        return self.symbols.code(self.place.stream, rows, tables, values, last=last, repeat=self.place.is_whole_stream)
+        return self.symbols.code(self.place.stream, rows, tables, values, last=last)
 
 
 def _code(

@@ -19,13 +19,11 @@ from lic.model.context import Geometry
 from lic.model.dependent import (
     COARSE,
     FRACTIONS,
-    LARGE,
-    LEAST,
     OFFSETS,
     QUANTISERS,
     SPACING,
+    Chains,
     Dependent,
-    Kinds,
     distance,
 )
 from lic.pipeline.tile import predicted_integers
@@ -52,7 +50,8 @@ def trellis_of(h0: int, h1: int) -> np.ndarray:
     return np.asarray(state >> 1 ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * parity)
 
 
-TRELLIS = trellis_of(0o235, 0o126)
+TRELLIS = trellis_of(0o515, 0o362)
+CHAINS = Chains(9, 26)
 
 
 class Statistics:
@@ -145,7 +144,7 @@ class Chosen(NamedTuple):
 def _quantisers(quantiser: Dependent, symbols: np.ndarray, scale_index: np.ndarray) -> np.ndarray:
     result = np.full(symbols.shape, SMALL)
     for its_result, its_symbols, its_scale_index in zip(result, symbols, scale_index, strict=True):
-        at = np.concatenate(Kinds.of(its_scale_index)[1:])
+        at = np.concatenate(quantiser.chains.kinds(its_scale_index)[1:])
         its_result[at] = quantiser.quantisers(its_symbols[at])[0]
     return result
 
@@ -194,18 +193,18 @@ def _fitted(statistics: Statistics, trellis: np.ndarray = TRELLIS) -> Dependent:
         raw_bits.append(0)
 
     factors = _factors(mirrored)
-    for i, j in np.ndindex(LARGE, FRACTIONS):
+    for i, j in np.ndindex(CHAINS.large, FRACTIONS):
         append(_blend(mirrored[i, j, SMALL], SCALES[i] * factors[i, SMALL], (j - 4) / 8, 0), 2 + 2.5 * float(SCALES[i]))
-    for i, j, q in np.ndindex(LARGE - LEAST, FRACTIONS, QUANTISERS):
-        i += LEAST
+    for i, j, q in np.ndindex(CHAINS.large - CHAINS.least, FRACTIONS, QUANTISERS):
+        i += CHAINS.least
         row = _blend(mirrored[i, j, q], SCALES[i] * factors[i, q], (j - 4) / 8, q)
         row[[LIMIT - 1, LIMIT + 1]] += 2.0**-12  # no row of a latent in a chain may be skipped
         append(row / row.sum(), 2 + 2.5 * float(SCALES[i]))
     joint = {}
     fractions = np.arange(FRACTIONS).reshape(COARSE, -1)
     means = ((fractions - 4) / 8).mean(axis=1).tolist()
-    for i, c in np.ndindex(len(SCALES) - LARGE, COARSE):
-        i += LARGE
+    for i, c in np.ndindex(len(SCALES) - CHAINS.large, COARSE):
+        i += CHAINS.large
         js, mean = fractions[c], means[c]
         for q in range(QUANTISERS):
             joint[i, c, q] = _blend(counts[i, js, q].sum(axis=0), SCALES[i] * factors[i, q], mean, q)
@@ -214,8 +213,8 @@ def _fitted(statistics: Statistics, trellis: np.ndarray = TRELLIS) -> Dependent:
         pmfs.append(np.array([1 - odd, odd]) * (1 - 1e-6))
         offsets.append(0)
         raw_bits.append(0)
-    for i, c, q, parity in np.ndindex(len(SCALES) - LARGE, COARSE, QUANTISERS, 2):
-        i += LARGE
+    for i, c, q, parity in np.ndindex(len(SCALES) - CHAINS.large, COARSE, QUANTISERS, 2):
+        i += CHAINS.large
         k = max(0, math.ceil(math.log2(SCALES[i] / 4 / MAX_CODED_SCALE)))
         half = max(1, math.ceil(HALF_WIDTH * SCALES[i] / 4 / 2**k + 0.5))
         if k == 0:
@@ -228,7 +227,7 @@ def _fitted(statistics: Statistics, trellis: np.ndarray = TRELLIS) -> Dependent:
         offsets.append(-half)
         raw_bits.append(k)
     offset = statistics.sums / (statistics.weights + 30)
-    return Dependent(Tables.from_pmfs(pmfs, offsets, raw_bits), offset.astype(np.float32), trellis)
+    return Dependent(Tables.from_pmfs(pmfs, offsets, raw_bits), offset.astype(np.float32), trellis, CHAINS)
 
 
 def _gaussian(symbols: np.ndarray, scale: float, mean: float, quantiser: int) -> np.ndarray:

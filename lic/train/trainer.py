@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from lic.coder import Tables
 from lic.errors import LicError
 from lic.model.codec import QUANTISERS, CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
-from lic.model.dependent import Dependent
+from lic.model.dependent import Chains, Dependent
 from lic.model.layers import space_to_depth
 from lic.model.transforms import lapped_basis
 from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
@@ -521,14 +521,16 @@ def _stored(dependent: Dependent | None) -> dict[str, Tensor]:
     """As tensors, which is all that is read back from a state."""
     assert dependent is not None
     arrays = {"offsets": dependent.offsets, "trellis": dependent.trellis} | dependent.tables.to_arrays()
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return tensors | {"chains": torch.tensor([-1 if n is None else n for n in astuple(dependent.chains)])}
 
 
 def _dependent(state: dict[str, Any]) -> Dependent:
     """What :func:`_stored` was given."""
     arrays = {name: tensor.numpy() for name, tensor in state["dependent"].items()}
-    offsets, trellis = arrays.pop("offsets"), arrays.pop("trellis")
-    return Dependent(Tables.from_arrays(arrays), offsets, trellis)
+    offsets, trellis, chains = (arrays.pop(name) for name in ("offsets", "trellis", "chains"))
+    least, large, share = chains.tolist()
+    return Dependent(Tables.from_arrays(arrays), offsets, trellis, Chains(least, large, None if share < 0 else share))
 
 
 def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
