@@ -206,14 +206,27 @@ def test_blocks_hardly_cost_more_than_one_search(gaussian: Dependent, monkeypatc
 
 
 @needs_loops
+def test_compiled_loops_find_the_same_in_many_blocks(gaussian: Dependent, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(10)
+    tiles = step_of(random, random.integers(0, 40, (2, 5 * BLOCK + 100)).ravel(), 0.05)
+    batch = Step(*(values.reshape(2, -1) for values in tiles))
+    chosen = gaussian.choose(*batch)
+    monkeypatch.setenv("LIC_CODER", "python")
+    assert np.array_equal(gaussian.choose(*batch), chosen)
+
+
+@needs_loops
 @settings(max_examples=50, deadline=10_000)
 @given(step=steps(), states=st.sampled_from([2, 8, 256]))
-def test_compiled_loops_choose_the_same(gaussian: Dependent, step: Step, states: int) -> None:
+def test_compiled_loops_find_the_same(gaussian: Dependent, step: Step, states: int) -> None:
     quantiser = replace(gaussian, trellis=TRELLISES[states])
     with pytest.MonkeyPatch.context() as patch:
         chosen = quantiser.choose(*step)
+        passed, after = quantiser.quantisers(chosen, 1)
         patch.setenv("LIC_CODER", "python")
         assert np.array_equal(quantiser.choose(*step), chosen)
+        their_quantisers, their_after = quantiser.quantisers(chosen, 1)
+        assert np.array_equal(passed, their_quantisers) and after == their_after
 
 
 def test_tiles_of_a_batch_are_chosen_by_themselves(gaussian: Dependent) -> None:

@@ -202,6 +202,9 @@ class Dependent:
 
     def quantisers(self, symbols: Ints, state: int = 0) -> tuple[Ints, int]:
         """Of the next symbols (N,) of a chain in this state, and the state behind them; only their parities count."""
+        if (compiled := coder.loops()) is not None:
+            found, state = compiled.states(symbols, self.trellis, state)
+            return found % QUANTISERS, state
         after, states = self.trellis.tolist(), []
         for parity in (symbols & 1).tolist():
             states.append(state)
