@@ -187,7 +187,7 @@ def test_windows_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             parameter.mul_(4)
     padded = np.pad(rgb, ((0, 40), (0, 12), (0, 0)), mode="edge")
     x = torch.from_numpy(padded).unsqueeze(0).float() / 255 - 0.5
-    expected = net.corrected(x, net.analysis(x, code), code)
+    expected = net.latents_to_quantise(x, code)
     y = expected.round()
     (pixels,) = windows.synthesis(net, y, code, [windows.Samples()])
     assert torch.equal(pixels, ((net.synthesis(y, code)[0] + 0.5) * 255).round().clamp(0, 255).to(torch.uint8))

@@ -25,8 +25,8 @@ from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT, DEPENDENT_WEIGHT = 0.72, -0.05, 1.15  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
-CORRECTION = (0.7, 0.95)  # at quality 0 and 100, see CodecModel.corrected
-IN_TRAINING, PULL = 0.73, 1.0  # see CodecModel.forward
+CORRECTION, CORRECTIONS = (0.45, 0.8), 2  # at quality 0 and 100, how often: see CodecModel.corrected
+PULL = 1.0  # see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.62, 0.06  # see softly_rounded
 THRESHOLD_EXPONENT, MAX_THRESHOLD = -0.7, 0.95  # with a worth of its errors
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
@@ -212,7 +212,8 @@ class CodecModel(nn.Module):
         shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
         g_a anticipates in the mean only, whereas this sees what it does to these very latents. The ``share`` of the
         way, given for quality 0 and 100, grows linearly: the finer the steps, the surer is v. ``worth`` is that of
-        :meth:`rounded`, which makes zeros of more where errors count less. Without gradients.
+        :meth:`rounded`, which makes zeros of more where errors count less. Encoders do so CORRECTIONS times. Without
+        gradients.
         """
         v = softly_rounded(y, worth)
         missing = self.shortcut.analysis(x - self.synthesis(v, code)) * self.gain(code)[:, None, None]
@@ -257,9 +258,18 @@ class CodecModel(nn.Module):
     @torch.no_grad()
     def latents(self, x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         """Integers y (B, h, w, M), rounded as the encoder does it, and z (B, h/4, w/4, C) of pixels x."""
-        y = self.corrected(x, self.analysis(x, code), code)
+        y = self.latents_to_quantise(x, code)
         z = torch.round(self.hyper_analysis(y, code))
         return self.rounded(y, z, code), z
+
+    def latents_to_quantise(
+        self, x: Tensor, code: Tensor, worth: Tensor | None = None, share: tuple[float, float] = CORRECTION
+    ) -> Tensor:
+        """Latents (B, h, w, M) as an encoder has them before it quantises: analysis and corrections."""
+        y = self.analysis(x, code)
+        for _ in range(CORRECTIONS):
+            y = self.corrected(x, y, code, worth, share)
+        return y
 
     def rate(self, y_hat: Tensor, z: Tensor, code: Tensor, halves: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Bits of integers y_hat and z for each image, (B,), with gradients to h_s and the context model.
@@ -299,7 +309,7 @@ class CodecModel(nn.Module):
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
         Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. That
-        is wrong where g_s answers too strongly, and then the analysis drifts: hence only IN_TRAINING of the share
+        is wrong where g_s answers too strongly, and then the analysis drifts: hence only once, by the share
         ``correction`` of the way, and y is drawn to what it is corrected to, by PULL bits times the logarithm of about
         the squared distance.
 
@@ -308,8 +318,7 @@ class CodecModel(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        low, high = correction
-        corrected = self.corrected(x, y, code, worth, (IN_TRAINING * low, IN_TRAINING * high))
+        corrected = self.corrected(x, y, code, worth, correction)
         drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
         y_hat = quantised(y, quantiser)

@@ -15,7 +15,7 @@ from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict[str, float]:
     """Thousand multiply-adds per pixel of each part on a picture of that size, the context model with its cache.
 
-    The analysis is counted without its correction, which costs an encoder a synthesis and the shortcut once more.
+    The analysis is counted without its corrections, each of which costs an encoder a synthesis and the shortcut.
     """
     config: Config = net.config
     with torch.no_grad():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lic.model.codec import CORRECTION, CodecModel
+from lic.model.codec import CORRECTION, CORRECTIONS, CodecModel
 from lic.model.config import DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.non_local import BLOCK
@@ -97,11 +97,11 @@ def analysis(
     worth: Tensor | None = None,
     share: tuple[float, float] = CORRECTION,
 ) -> Tensor:
-    """g_a over windows, corrected by what g_s makes of it (:meth:`CodecModel.corrected`): (B, h, w, M), not rounded.
+    """:meth:`CodecModel.latents_to_quantise` over windows: (B, h, w, M).
 
     ``pictures``: B, each uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels,
     and no larger than ``grid``, to which their edges are continued; ``code``: their quality codes, (B,); ``worth``:
-    that of their :func:`rounding_worth`; ``share``: of the correction.
+    that of their :func:`rounding_worth`; ``share``: of a correction.
     """
     y = _latents(net, pictures, grid, code, lambda x, _: net.analysis(x, code))
     whole = Area(0, 0, grid.height, grid.width)
@@ -109,7 +109,9 @@ def analysis(
     def corrected(x: Tensor, window: Area) -> Tensor:
         return net.corrected(x, window.of(y, whole), code, None if worth is None else window.of(worth, whole), share)
 
-    return _latents(net, pictures, grid, code, corrected)
+    for _ in range(CORRECTIONS):
+        y = _latents(net, pictures, grid, code, corrected)
+    return y
 
 
 def _latents(

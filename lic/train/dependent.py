@@ -93,7 +93,7 @@ def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, 
     """What the decoder of a network with dependent quantisation gets for pixels x: latents (B, h, w, M) in quantiser
     steps. ``worth`` and ``share`` as for :meth:`CodecModel.corrected`."""
     assert net.dependent is not None
-    y = net.corrected(x, net.analysis(x, code), code, worth, share)
+    y = net.latents_to_quantise(x, code, worth, share)
     z = torch.round(net.hyper_analysis(y, code))
     schedule, result = net.context.schedule, torch.empty_like(y)
     for step, chosen in enumerate(chosen_steps(net, y, z, code, worth)):
@@ -115,7 +115,7 @@ def fit(
     """
     latents = []
     for x, code in crops:
-        y = net.corrected(x, net.analysis(x, code), code)
+        y = net.latents_to_quantise(x, code)
         latents.append((y, torch.round(net.hyper_analysis(y, code)), code))
     found = _fitted(Statistics(), trellis)
     for i in range(iterations):

@@ -37,7 +37,7 @@ def store_latents(net: CodecModel, pictures: Pictures, target: Path, count: int,
             y, z = net.latents(x, code)
             below = above = torch.ones_like(y)
         else:
-            y = net.corrected(x, net.analysis(x, code), code)
+            y = net.latents_to_quantise(x, code)
             z = torch.round(net.hyper_analysis(y, code))
             y, (below, above) = dependently_quantised(net, y, z, code)
         for name, value in zip(parts, (y, z, code, below, above), strict=True):
