@@ -27,7 +27,7 @@ from scipy.special import ndtr
 import lic
 from lic.errors import LicError, UnsupportedError
 from lic.model import store
-from lic.model.codec import CORRECTION, CodecModel
+from lic.model.codec import CORRECTIONS, CodecModel
 from lic.model.config import CONFIGS
 from lic.model.dependent import SPACING
 from lic.train.chroma import soften_chroma
@@ -393,8 +393,8 @@ def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path
     encoder = trainer.encoder
     assert encoder is not None and encoder.dependent is net.dependent
     x, code = sample(source, 8, 64, trainer.generator, pattern_part=0)
-    latents = dequantised(encoder, x, code, None, CORRECTION)
-    exact = dequantised(net, x, code, None, CORRECTION)  # which rounds a little otherwise on the way
+    latents = dequantised(encoder, x, code, None, CORRECTIONS)
+    exact = dequantised(net, x, code, None, CORRECTIONS)  # which rounds a little otherwise on the way
     assert (latents - exact).abs().mean() < 0.1 * exact.abs().mean()
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     with torch.no_grad():
@@ -404,7 +404,7 @@ def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path
         assert trainer.error_loss(x, latents, code)[0] < loss
     changed = {k.partition(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
     assert {"g_s"} <= changed <= {"g_s", "log_igain"}
-    assert torch.equal(dequantised(encoder, x, code, None, CORRECTION), latents)
+    assert torch.equal(dequantised(encoder, x, code, None, CORRECTIONS), latents)
     trainer.save(tmp_path / "state.pt")
     following = take_steps(trainer, source, 2)
     assert take_steps(Trainer.restore(tmp_path / "state.pt", CPU), source, 2) == following

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,11 @@ from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT, DEPENDENT_WEIGHT = 0.72, -0.05, 1.15  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
-CORRECTION, CORRECTIONS = (0.45, 0.8), 2  # at quality 0 and 100, how often: see CodecModel.corrected
-PULL = 1.0  # see CodecModel.forward
-THRESHOLD, SOFTNESS = 0.62, 0.06  # see softly_rounded
+CORRECTIONS = ((0.45, 0.8), (0.45, 0.8))  # shares of the way at quality 0 and 100, see CodecModel.corrected
+IN_TRAINING, PULL = 0.73, 1.0  # see CodecModel.forward
+THRESHOLD, SOFTNESS = 0.64, 0.06  # see softly_rounded
 THRESHOLD_EXPONENT, MAX_THRESHOLD = -0.7, 0.95  # with a worth of its errors
+Share = tuple[float, float]
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
 
@@ -204,7 +205,7 @@ class CodecModel(nn.Module):
         y: Tensor,
         code: Tensor,
         worth: Tensor | None = None,
-        share: tuple[float, float] = CORRECTION,
+        share: Share = CORRECTIONS[0],
     ) -> Tensor:
         """Latents y (B, h, w, M) of pixels x, taken to where the synthesis would make x of them: analysis by synthesis.
 
@@ -212,8 +213,8 @@ class CodecModel(nn.Module):
         shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
         g_a anticipates in the mean only, whereas this sees what it does to these very latents. The ``share`` of the
         way, given for quality 0 and 100, grows linearly: the finer the steps, the surer is v. ``worth`` is that of
-        :meth:`rounded`, which makes zeros of more where errors count less. Encoders do so CORRECTIONS times. Without
-        gradients.
+        :meth:`rounded`, which makes zeros of more where errors count less. Encoders do so twice, each time less
+        far. Without gradients.
         """
         v = softly_rounded(y, worth)
         missing = self.shortcut.analysis(x - self.synthesis(v, code)) * self.gain(code)[:, None, None]
@@ -263,11 +264,11 @@ class CodecModel(nn.Module):
         return self.rounded(y, z, code), z
 
     def latents_to_quantise(
-        self, x: Tensor, code: Tensor, worth: Tensor | None = None, share: tuple[float, float] = CORRECTION
+        self, x: Tensor, code: Tensor, worth: Tensor | None = None, shares: Sequence[Share] = CORRECTIONS
     ) -> Tensor:
-        """Latents (B, h, w, M) as an encoder has them before it quantises: analysis and corrections."""
+        """Latents (B, h, w, M) as an encoder has them before it quantises: the analysis, corrected by these shares."""
         y = self.analysis(x, code)
-        for _ in range(CORRECTIONS):
+        for share in shares:
             y = self.corrected(x, y, code, worth, share)
         return y
 
@@ -299,7 +300,7 @@ class CodecModel(nn.Module):
         frozen_latents: bool = False,
         optimised_rounding: bool = False,
         worth: Tensor | None = None,
-        correction: tuple[float, float] = CORRECTION,
+        correction: Share = CORRECTIONS[0],
         quantiser: str = "ste",
     ) -> Forward:
         """Training pass: context and synthesis get latents from the ``quantiser`` (:func:`quantised`).
@@ -309,7 +310,7 @@ class CodecModel(nn.Module):
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
         Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. That
-        is wrong where g_s answers too strongly, and then the analysis drifts: hence only once, by the share
+        is wrong where g_s answers too strongly, and then the analysis drifts: hence only once, IN_TRAINING of the share
         ``correction`` of the way, and y is drawn to what it is corrected to, by PULL bits times the logarithm of about
         the squared distance.
 
@@ -318,7 +319,8 @@ class CodecModel(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        corrected = self.corrected(x, y, code, worth, correction)
+        low, high = correction
+        corrected = self.corrected(x, y, code, worth, (IN_TRAINING * low, IN_TRAINING * high))
         drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
         y_hat = quantised(y, quantiser)

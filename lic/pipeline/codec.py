@@ -167,7 +167,7 @@ def _to_round(
     """Latents of pictures of one padded grid, not rounded, and their weight: (B, h, w, M) each, as in `Latents`."""
     distortion = DISTORTIONS[tune]
     worth = windows.rounding_worth(model.net, rgbs, grid, code, distortion)
-    y = windows.analysis(model.net, rgbs, grid, code, worth, distortion.correction)
+    y = windows.analysis(model.net, rgbs, grid, code, worth, distortion.corrections)
     return y, worth * model.net.rounding_weight(code)[:, None, None]
 
 

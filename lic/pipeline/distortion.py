@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lic.images import MS_SSIM_C1, MS_SSIM_C2, MS_SSIM_SIGMA, MS_SSIM_WINDOW, ms_ssim_exponents
-from lic.model.codec import CORRECTION
+from lic.model.codec import CORRECTIONS, Share
 from lic.model.transforms import LappedShortcut
 from lic.quality import Tune
 
@@ -24,14 +24,14 @@ LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
 class Distortion(Protocol):
     """``context_weight``: of the rate's gradient through the context, for it acts over several passes.
 
-    ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first. ``correction``: the
-    share of the way that latents are corrected each time (:meth:`CodecModel.corrected`). ``is_squared_error``: what
+    ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first. ``corrections``: the
+    shares of the way that latents are corrected by (:meth:`CodecModel.latents_to_quantise`). ``is_squared_error``: what
     lowers that lowers this.
     """
 
     context_weight: float
     damping: float
-    correction: tuple[float, float]
+    corrections: tuple[Share, ...]
     is_squared_error: bool
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ class Distortion(Protocol):
 class SquaredError:
     """Summed over the pixels, averaged over their channels."""
 
-    context_weight, damping, correction, is_squared_error = 2.0, 1.0, CORRECTION, True
+    context_weight, damping, is_squared_error = 2.0, 1.0, True
+    corrections: tuple[Share, ...] = CORRECTIONS
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         return (shown - seen).square().mean(-1).sum()
@@ -64,7 +65,8 @@ class SquaredError:
 class MsSsim:
     """1 - MS-SSIM (Wang, Simoncelli and Bovik 2003) of a window, times its pixels and ``MS_SSIM_WORTH``."""
 
-    context_weight, damping, correction, is_squared_error = 0.75, 2.0, (0.1, 0.8), False
+    context_weight, damping, is_squared_error = 0.75, 2.0, False
+    corrections: tuple[Share, ...] = ((0.2, 1.0),)
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         pixels = seen.shape[0] * seen.shape[1]

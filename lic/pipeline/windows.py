@@ -8,13 +8,14 @@ and end at multiples of their blocks or at the border of the image, so that no b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lic.model.codec import CORRECTION, CORRECTIONS, CodecModel
+from lic.model.codec import CORRECTIONS, CodecModel, Share
 from lic.model.config import DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.non_local import BLOCK
@@ -95,22 +96,22 @@ def analysis(
     grid: Geometry,
     code: Tensor,
     worth: Tensor | None = None,
-    share: tuple[float, float] = CORRECTION,
+    shares: Sequence[Share] = CORRECTIONS,
 ) -> Tensor:
     """:meth:`CodecModel.latents_to_quantise` over windows: (B, h, w, M).
 
     ``pictures``: B, each uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels,
     and no larger than ``grid``, to which their edges are continued; ``code``: their quality codes, (B,); ``worth``:
-    that of their :func:`rounding_worth`; ``share``: of a correction.
+    that of their :func:`rounding_worth`; ``shares``: of the corrections.
     """
     y = _latents(net, pictures, grid, code, lambda x, _: net.analysis(x, code))
     whole = Area(0, 0, grid.height, grid.width)
 
-    def corrected(x: Tensor, window: Area) -> Tensor:
+    def corrected(share: Share, y: Tensor, x: Tensor, window: Area) -> Tensor:
         return net.corrected(x, window.of(y, whole), code, None if worth is None else window.of(worth, whole), share)
 
-    for _ in range(CORRECTIONS):
-        y = _latents(net, pictures, grid, code, corrected)
+    for share in shares:
+        y = _latents(net, pictures, grid, code, partial(corrected, share, y))
     return y
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lic.coder import SCALES, Tables
 from lic.exact import exact_arithmetic
-from lic.model.codec import CodecModel
+from lic.model.codec import CodecModel, Share
 from lic.model.context import Geometry
 from lic.model.dependent import (
     COARSE,
@@ -89,11 +89,11 @@ def dependently_quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -
 
 
 @torch.no_grad()
-def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, share: tuple[float, float]) -> Tensor:
+def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, shares: Sequence[Share]) -> Tensor:
     """What the decoder of a network with dependent quantisation gets for pixels x: latents (B, h, w, M) in quantiser
-    steps. ``worth`` and ``share`` as for :meth:`CodecModel.corrected`."""
+    steps. ``worth`` and ``shares`` as for :meth:`CodecModel.latents_to_quantise`."""
     assert net.dependent is not None
-    y = net.latents_to_quantise(x, code, worth, share)
+    y = net.latents_to_quantise(x, code, worth, shares)
     z = torch.round(net.hyper_analysis(y, code))
     schedule, result = net.context.schedule, torch.empty_like(y)
     for step, chosen in enumerate(chosen_steps(net, y, z, code, worth)):

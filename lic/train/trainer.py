@@ -390,7 +390,7 @@ class Trainer:
                 frozen_latents=frozen,
                 optimised_rounding=refine,
                 worth=worth,
-                correction=DISTORTIONS[self.settings.tune].correction,
+                correction=DISTORTIONS[self.settings.tune].corrections[0],
                 quantiser=self.settings.quantiser,
             )
         return _weighted(out.y_bits, out.z_bits, self._distortion(out.x_hat, x), code, x.shape[1] * x.shape[2])
@@ -473,7 +473,7 @@ class Trainer:
         known = place in self.encoded and self.encoded[place][0].shape[:2] == (batch, crop)
         if not known or turn % ENCODED_USES == place % ENCODED_USES:
             x, code = self._sample(pictures, batch, crop)
-            latents = dequantised(encoder, x, code, self._worth(x), DISTORTIONS[self.settings.tune].correction)
+            latents = dequantised(encoder, x, code, self._worth(x), DISTORTIONS[self.settings.tune].corrections)
             self.encoded[place] = x, latents, code
         return self.encoded[place]
 
