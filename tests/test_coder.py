@@ -312,7 +312,7 @@ def test_torchac_forced_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LicError, match=r"g\+\+ not found"):
         coder.encode(np.array([0]), np.array([100]), GAUSSIAN)
     monkeypatch.delenv("LIC_CODER")
-    assert coder.backend_info().startswith("python (g++ not found), chains in ")
+    assert coder.backend_info().startswith("python (g++ not found), loops in ")
     assert coder.encode(np.array([0]), np.array([100]), GAUSSIAN)
 
 

@@ -39,7 +39,7 @@ from lic.part import Region
 from lic.pipeline import windows
 from lic.pipeline.codec import Encoded, decode_rgb, decode_rgbs, encode_rgb, encode_rgbs
 from lic.pipeline.distortion import DISTORTIONS
-from lic.pipeline.tile import CodedTiles, Latents, Reader, Writer, code_tiles, quantised
+from lic.pipeline.tile import CodedTiles, Latents, Reader, Writer, code_tiles, dependently_quantised
 from lic.quality import MAX_CODE, lambda_of
 from lic.train.dependent import CHAINS, TRELLIS, Statistics, _fitted, fit, trellis_of
 
@@ -509,19 +509,22 @@ def test_damaged_chains(gaussian: Dependent, step: Step, seed: int, count: int) 
     writer = Writer()
     code_steps(gaussian, writer, [step], [gaussian.choose(*step)], False)
     data = mutated(writer.streams[1], random)
+    each: list[list[int] | None] = []
     rows = 208 + 2 * random.integers(0, 136, count)
     found = []
     for backend in ("python", "auto"):
+        each.append(None)
         try:
             decoder = Decoder(data, backend=backend)
             values = decoder.pull_chain(rows, gaussian.tables, gaussian.trellis)
+            each[-1] = values.tolist()
             decoder.finish()
         except CorruptError:
             found.append(None)
         else:
             assert values.shape == (count,)
             found.append(values.tolist())
-    assert found[0] == found[1]
+    assert found[0] == found[1] and each[0] == each[1]
 
 
 def test_chains_that_end_too_early(gaussian: Dependent) -> None:
@@ -694,24 +697,42 @@ def test_a_weights_file_keeps_the_quantiser(fitted: Fitted, scalar: LoadedModel)
     for name, array in fitted.quantiser.tables.to_arrays().items():
         assert np.array_equal(loaded.tables.to_arrays()[name], array)
     assert np.array_equal(loaded.offsets, fitted.quantiser.offsets.astype(np.float16))
+    assert np.array_equal(loaded.trellis, fitted.quantiser.trellis) and loaded.chains == CHAINS
     assert loaded.offsets.any()
     assert fitted.model.y_tables.to_arrays().keys() == loaded.tables.to_arrays().keys()
     theirs, ours = scalar.info, fitted.model.info
     assert theirs.entropy_id != ours.entropy_id and theirs.synthesis_id != ours.synthesis_id
 
 
-def test_weights_without_a_trellis_are_refused(tmp_path: Path) -> None:
-    source = DATA / "models" / "tiny-dependent.safetensors"
+@pytest.mark.parametrize(
+    ("name", "array", "reason"),
+    [
+        ("trellis", None, "without a trellis"),
+        ("trellis", np.zeros((8, 3), np.uint8), "trellis"),
+        ("chain", np.array([9, 65], np.uint8), "kinds of latents"),
+        ("chain", np.array([26, 9], np.uint8), "kinds of latents"),
+        ("chain", np.array([9, 27], np.uint8), "tables of another quantiser"),
+        ("chain", np.array([9, 26, 6], np.uint8), "no known kind"),
+        ("chain", np.array([9.0, 26.0], np.float32), "no known kind"),
+        ("chain", np.array(9, np.uint8), "no known kind"),
+    ],
+)
+def test_weights_with_another_quantiser_are_refused(
+    tmp_path: Path, name: str, array: np.ndarray | None, reason: str
+) -> None:
+    source = DATA / "models" / "tiny-chain.safetensors"
     shutil.copy(TINY, tmp_path)
     with safe_open(source, "np") as file:
         information = json.loads(file.metadata()["lic"])
     arrays = load_arrays(source)
-    del arrays["trellis"]
+    del arrays[name]
+    if array is not None:
+        arrays[name] = array
     everything = load_arrays(TINY) | arrays
     entropy, synthesis = store.identities(information["config"], information["grids"], everything)
     information |= {"entropy_id": entropy.hex(), "synthesis_id": synthesis.hex()}
     save_file(arrays, tmp_path / source.name, {"lic": json.dumps(information)})
-    with pytest.raises(UnsupportedError, match="without a trellis"):
+    with pytest.raises(UnsupportedError, match=reason):
         store.load_file(store.read_info(tmp_path / source.name))
 
 
@@ -838,18 +859,19 @@ def weighed(model: LoadedModel, seed: int) -> Latents:
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_integers_are_coded_as_they_were_chosen(fitted: Fitted, seed: int) -> None:
-    """By code_tiles from integers alone, and by quantised from all predictions at once."""
+    """By code_tiles from integers alone, and the same without coding."""
     net, known = fitted.model.net, weighed(fitted.model, seed)
     chosen, streams = code(fitted.model, known)
     again, same = code(fitted.model, chosen.latents)
     assert same == streams
     assert torch.equal(again.dequantised, chosen.dequantised)
     assert known.weight is not None
-    with torch.no_grad(), exact_arithmetic():
-        predictions = net.predict(chosen.latents.z, chosen.latents.y, torch.tensor(CODES[:2]))
-    integers, dequantised = quantised(net, GEOMETRY, predictions, known.y, known.weight)
-    assert torch.equal(integers, chosen.latents.y)
-    assert torch.equal(dequantised, chosen.dequantised)
+    with exact_arithmetic():
+        found = dependently_quantised(net, GEOMETRY, known.z, torch.tensor(CODES[:2]), known.y, known.weight)
+        z_bits = net.prior.bits(known.z, torch.tensor(CODES[:2])).sum(dim=(1, 2, 3))
+    assert torch.equal(found.y, chosen.latents.y)
+    assert torch.equal(found.dequantised, chosen.dequantised)
+    torch.testing.assert_close(found.bits + z_bits, chosen.estimated_bits)
 
 
 def test_other_integers_become_those_next_to_them(fitted: Fitted) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import runpy
@@ -385,8 +386,9 @@ def test_context_model_alone_on_dependently_quantised_latents(photos: Path, tmp_
     assert after < before
 
 
-def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path: Path) -> None:
-    net = store.load_file(store.read_info(DATA / "models" / "tiny-dependent.safetensors")).net
+@pytest.mark.parametrize("name", ["tiny-dependent", "tiny-chain"])
+def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path: Path, name: str) -> None:
+    net = store.load_file(store.read_info(DATA / "models" / f"{name}.safetensors")).net
     source = prepared(photos)
     trainer = Trainer(replace(SETTINGS, part="synthesis", learning_rate=3e-4, warm_up_steps=1), CPU)
     trainer.start_from(net.state_dict(), net.dependent)
@@ -407,10 +409,34 @@ def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path
     assert torch.equal(dequantised(encoder, x, code, None, CORRECTIONS), latents)
     trainer.save(tmp_path / "state.pt")
     following = take_steps(trainer, source, 2)
-    assert take_steps(Trainer.restore(tmp_path / "state.pt", CPU), source, 2) == following
+    restored = Trainer.restore(tmp_path / "state.pt", CPU)
+    assert restored.encoder is not None and restored.encoder.dependent is not None
+    assert restored.encoder.dependent.chains == net.dependent.chains
+    assert take_steps(restored, source, 2) == following
     fresh = Trainer(replace(SETTINGS, part="tables"), CPU)
     fresh.start_from(net.state_dict(), net.dependent)  # other parts know scalar quantisation alone
     assert fresh.encoder is None and fresh.model.spacing == 1
+
+
+def test_encoded_batches_serve_several_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lic.train.trainer.ENCODED", 4)
+    net = store.load_file(store.read_info(DATA / "models" / "tiny-chain.safetensors")).net
+    source = prepared(photos)
+    trainer = Trainer(replace(SETTINGS, part="synthesis"), CPU)
+    trainer.start_from(net.state_dict(), net.dependent)
+    seen: list[bytes] = []
+    loss_of = trainer.error_loss
+
+    def recorded(x: torch.Tensor, latents: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(latents.numpy().tobytes())
+        return loss_of(x, latents, code)
+
+    for _ in range(24):
+        trainer.train_step(source, recorded)
+    assert len(seen) == 24 and 8 <= len(set(seen)) <= 12  # not all have had three turns when it ends
+    for batch in set(seen):
+        steps = [step for step, other in enumerate(seen) if other == batch]
+        assert len(steps) <= 3 and all(b - a == 4 for a, b in itertools.pairwise(steps))
 
 
 @pytest.mark.parametrize("part", ["tables", "vectors", "adapters"])

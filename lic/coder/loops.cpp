@@ -5,7 +5,6 @@
 // has checked that every index is in range.
 
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 namespace {
@@ -37,15 +36,15 @@ extern "C" {
 
 // Reads up to n symbols of a chain whose first `start` are known. coder: low, high, distance of the code value from
 // low, position of the next bit, bits used; state: of the chain. A row is that of `rows`, or the one behind it in an odd
-// state. Stops at an escape, whose value and state the caller has to find. Returns how many are read, -1 for a code
-// value outside of a row, -2 far behind the end.
+// state. Stops at an escape, whose value and state the caller has to find. Without a trellis all rows are those of `rows`,
+// and nothing stops it. Returns how many are read, -1 for a code value outside of a row, -2 behind the end.
 int64_t lic_read_chain(const uint8_t* data, int64_t size, int64_t* coder, const int64_t* rows, int64_t start, int64_t n,
                        const uint16_t* cdfs, int64_t width, const int32_t* sizes, const int32_t* offsets,
                        const int64_t* trellis, int64_t* state, int64_t* used_rows, int64_t* symbols, int64_t* values) {
     uint64_t low = coder[0], high = coder[1], distance = coder[2];
-    int64_t position = coder[3], used = coder[4], chain = *state, i = start, result = -1;
+    int64_t position = coder[3], used = coder[4], chain = *state, i = start;
     while (i < n) {
-        const int64_t row = rows[i] + (chain & 1);
+        const int64_t row = rows[i] + (trellis ? chain & 1 : 0);
         const uint16_t* cdf = cdfs + row * width;
         const int64_t count = sizes[row];
         const uint64_t span = high - low + 1, wanted = (((distance + 1) << 16) - 1) / span;
@@ -68,29 +67,29 @@ int64_t lic_read_chain(const uint8_t* data, int64_t size, int64_t* coder, const 
             shift += extra;
         }
         if (shift) {
-            if (position > 8 * (size + 16)) return -2;
             // At most 63 bits are shifted out, and the distance is less than the interval before and after.
             const int half = shift / 2;
             distance = distance << half | bits_at(data, size, position, half);
             distance = distance << (shift - half) | bits_at(data, size, position + half, shift - half);
             position += shift;
             used += shift;
+            if (used > 8 * size) return -2;
         }
         used_rows[i] = row;
         symbols[i] = symbol;
         values[i] = symbol + offsets[row];
         ++i;
+        if (!trellis) continue;
         if (symbol == count - 1) break;
         chain = trellis[2 * chain + (values[i - 1] & 1)];
     }
-    result = i;
     coder[0] = low;
     coder[1] = high;
     coder[2] = distance;
     coder[3] = position;
     coder[4] = used;
     *state = chain;
-    return result;
+    return i;
 }
 
 // The states before each of n symbols of a chain that begins in `state`; returns the one behind them.

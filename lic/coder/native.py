@@ -23,19 +23,19 @@ from lic.coder.tables import Tables
 from lic.errors import CorruptError
 
 _SOURCE = Path(__file__).with_name("loops.cpp")
-_int = ctypes.c_int64
+_OPTIONS = ("-O3", "-shared", "-fPIC")
 Ints = npt.NDArray[np.int64]
 
 
 class Loops:
-    """What takes too long in Python. Arrays must be contiguous, and every index in range."""
+    """What takes too long in Python. Every index must be in range."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._read_chain = library.lic_read_chain
-        self._read_chain.restype = ctypes.c_int64
         self._states = library.lic_states
-        self._states.restype = ctypes.c_int64
         self._search = library.lic_search
+        for function in (self._read_chain, self._states):
+            function.restype = ctypes.c_int64
         self._search.restype = None
 
     def read_chain(
@@ -44,7 +44,7 @@ class Loops:
         rows: Ints,
         start: int,
         tables: Tables,
-        trellis: Ints,
+        trellis: Ints | None,
         state: int,
         found: tuple[Ints, Ints, Ints],
     ) -> tuple[int, int]:
@@ -53,7 +53,7 @@ class Loops:
         Args:
             decoder: has read those before; goes on.
             rows: (N,), those of even states.
-            trellis: (states, 2).
+            trellis: (states, 2); without one all rows are used as they are, and escapes do not stop it.
             state: of the chain before symbol ``start``.
             found: the rows used, the symbols and the values, (N,) each, to be filled in.
 
@@ -67,18 +67,18 @@ class Loops:
         coder, chain = np.array(decoder.state, np.int64), np.array([state], np.int64)
         known = self._read_chain(
             decoder.data,
-            _int(len(decoder.data)),
-            _at(coder),
-            _at(np.ascontiguousarray(rows, np.int64)),
-            _int(start),
-            _int(len(rows)),
-            _at(tables.cdf),
-            _int(tables.cdf.shape[1]),
-            _at(tables.size),
-            _at(tables.offset),
-            _at(trellis),
-            _at(chain),
-            *map(_at, found),
+            ctypes.c_int64(len(decoder.data)),
+            _at(coder, np.int64),
+            _at(rows, np.int64),
+            ctypes.c_int64(start),
+            ctypes.c_int64(len(rows)),
+            _at(tables.cdf, np.uint16),
+            ctypes.c_int64(tables.cdf.shape[1]),
+            _at(tables.size, np.int32),
+            _at(tables.offset, np.int32),
+            None if trellis is None else _at(trellis, np.int64),
+            _at(chain, np.int64),
+            *(_at(array, np.int64) for array in found),
         )
         if known < 0:
             raise CorruptError("damaged data: a symbol outside the coder's alphabet, or a stream that ends too early")
@@ -90,8 +90,14 @@ class Loops:
         """States before the symbols (N,) of a chain that begins in ``state``, and the one behind them."""
         symbols = np.ascontiguousarray(symbols, np.int64)
         states = np.empty_like(symbols)
-        after = int(self._states(_at(symbols), _int(len(symbols)), _at(trellis), _int(state), _at(states)))
-        return states, after
+        after = self._states(
+            _at(symbols, np.int64),
+            ctypes.c_int64(len(symbols)),
+            _at(trellis, np.int64),
+            ctypes.c_int64(state),
+            _at(states, np.int64),
+        )
+        return states, int(after)
 
     def search(
         self,
@@ -109,27 +115,31 @@ class Loops:
             before: (2, states), and branch, the ways into each state.
             found: branches and states before them, (N,) each, to be filled in.
         """
-        begins, ends = parts[:2]
-        costs, before, branch = np.ascontiguousarray(costs), np.ascontiguousarray(before), np.ascontiguousarray(branch)
+        costs = np.ascontiguousarray(costs, np.float32)
+        begins, ends, first, last, before, branch = (
+            np.ascontiguousarray(array, np.int64) for array in (*parts, before, branch)
+        )
         states = before.shape[1]
         total = np.empty((2, states), np.float32)
         choices = np.empty((int((ends - begins).max(initial=0)), states), np.uint8)
         self._search(
-            _at(costs),
-            _int(costs.shape[1]),
-            *map(_at, parts),
-            _int(len(begins)),
-            _at(before),
-            _at(branch),
-            _int(states),
-            _at(total),
-            _at(choices),
-            *map(_at, found),
+            _at(costs, np.float32),
+            ctypes.c_int64(costs.shape[1]),
+            *(_at(array, np.int64) for array in (begins, ends, first, last)),
+            ctypes.c_int64(len(begins)),
+            _at(before, np.int64),
+            _at(branch, np.int64),
+            ctypes.c_int64(states),
+            _at(total, np.float32),
+            _at(choices, np.uint8),
+            *(_at(array, np.int64) for array in found),
         )
 
 
-def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
+def _at(array: npt.NDArray[Any], dtype: type[np.generic]) -> ctypes.c_void_p:
+    """Where an array lies, which must outlive the call. ValueError unless it lies there as the loops expect it."""
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValueError(f"an array of {np.dtype(dtype)} in one piece is wanted")
     return ctypes.c_void_p(array.ctypes.data)
 
 
@@ -137,7 +147,8 @@ def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:
 def load() -> tuple[Loops | None, str | None]:
     """The loops, or why there are none, in one line. The first call on a machine compiles them, in a second or two."""
     try:
-        key = f"loops-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}-{sys.platform}-{platform.machine()}"
+        made_of = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_OPTIONS).encode()).hexdigest()[:16]
+        key = f"loops-{made_of}-{sys.platform}-{platform.machine()}-{8 * ctypes.sizeof(ctypes.c_void_p)}"
         return build.loaded(key, "loops.so", _loaded, _built), None
     except Exception as error:  # whatever a compiler, a linker or a file system can do
         return None, build.one_line(error)
@@ -147,7 +158,7 @@ def _loaded(path: Path) -> Loops:
     try:
         return Loops(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
-        raise ImportError(str(path)) from error
+        raise ImportError(f"{path.name}: error: {error}") from error
 
 
 def _built(folder: Path) -> tuple[Loops, Path]:
@@ -155,7 +166,7 @@ def _built(folder: Path) -> tuple[Loops, Path]:
     if shutil.which(command[0]) is None:
         raise RuntimeError(f"{command[0]} not found, install g++")
     path = folder / "built.so"
-    command += ["-O3", "-shared", "-fPIC", "-o", str(path), str(_SOURCE)]
+    command += [*_OPTIONS, "-o", str(path), str(_SOURCE)]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)

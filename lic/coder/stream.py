@@ -22,7 +22,6 @@ _ESCAPE_ORDER, _GAP_ORDER = 1, 13  # orders of the Exp-Golomb codes
 _MAX_UNUSED_BITS = 16  # between the two parts of a stream, and 1 in 2**15 more
 _POSITION_LIMIT = 1 << 40  # of a deviation: no stream has so many values
 _MAX_DECODE_BYTES = 1 << 29  # torchac wants one whole row per symbol
-_NO_TRELLIS = np.zeros((1, 2), np.int64)  # of symbols that say nothing of the rows of others
 Ints = npt.NDArray[Any]
 
 
@@ -181,11 +180,13 @@ class Decoder:
         if self._flag:
             self._deviating = self._read_deviations()
         self._torchac = whole and _use_torchac(backend)
-        self._loops = None if _wanted(backend) == "python" else native.load()[0]
+        self._in_python = _wanted(backend) == "python"
         self._cost: int | None = None  # of the symbols that torchac has read, but for the flag
 
     def pull(self, rows: Ints, tables: Tables) -> IntArray:
         """The next (N,) int32 values, given their (N,) rows. Raises ValueError for rows that do not exist."""
+        if self._cost is not None:
+            raise ValueError("a whole stream is pulled in one step")
         rows = _checked_rows(rows, tables)
         coded = self._coded_rows(rows, tables)
         return self._assemble(self._read(coded, tables), coded, rows, tables)
@@ -204,9 +205,12 @@ class Decoder:
                 raise CorruptError("damaged data: a symbol outside the coder's alphabet")
             self._cost = int(tables.cost[coded, symbols].sum())
             return symbols
-        if self._loops is None:
+        if (loops := self._loops()) is None:
             return np.array(self._range.read(coded.tolist(), tables.lists), np.int64)
-        return self._read_by_loops(self._loops, coded, tables, _NO_TRELLIS)[1]
+        return self._read_by_loops(loops, coded, tables, None)[1]
+
+    def _loops(self) -> Loops | None:
+        return None if self._in_python else native.load()[0]
 
     def pull_chain(self, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]) -> IntArray:
         """The next (N,) values, a chain: their rows depend on the values before.
@@ -216,10 +220,10 @@ class Decoder:
         """
         rows = self._coded_rows(_checked_rows(rows, tables), tables)
         _checked_rows(rows + 1, tables)
-        if self._loops is None:
+        if (loops := self._loops()) is None:
             values = self._read_chain(rows, tables, trellis)
         else:
-            values = self._read_by_loops(self._loops, rows, tables, trellis)[0]
+            values = self._read_by_loops(loops, rows, tables, trellis)[0]
         if np.abs(values).max(initial=0) > VALUE_LIMIT:
             raise CorruptError("damaged data: a value out of range")
         return values.astype(np.int32)
@@ -246,15 +250,16 @@ class Decoder:
         return np.array(values, np.int64)
 
     def _read_by_loops(
-        self, loops: Loops, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64]
+        self, loops: Loops, rows: Ints, tables: Tables, trellis: npt.NDArray[np.int64] | None
     ) -> tuple[Ints, Ints]:
-        """The values of a chain, and its symbols. With _NO_TRELLIS it is none, and escapes are left to others."""
+        """The values of a chain, and its symbols. Without a trellis it is none, and values are left to others."""
+        rows = np.ascontiguousarray(rows, np.int64)
         used, symbols, values = np.zeros((3, len(rows)), np.int64)
         known, state = 0, 0
         while known < len(rows):
             known, state = loops.read_chain(self._range, rows, known, tables, trellis, state, (used, symbols, values))
             row, symbol = used[known - 1], int(symbols[known - 1])
-            if symbol == tables.size[row] - 1 and trellis is not _NO_TRELLIS:
+            if trellis is not None and symbol == tables.size[row] - 1:
                 value = self._beyond(symbol) + int(tables.offset[row])
                 values[known - 1], state = value, int(trellis[state, value & 1])
         return values, symbols
@@ -339,7 +344,7 @@ def backend_info() -> str:
         return "python (LIC_CODER=python)"
     problem, of_loops = torchac_backend.problem(), native.load()[1]
     symbols = f"python ({problem})" if problem else "torchac (compiled)"
-    return f"{symbols}, chains in {f'python ({of_loops})' if of_loops else 'C++ (compiled)'}"
+    return f"{symbols}, loops in {f'python ({of_loops})' if of_loops else 'C++ (compiled)'}"
 
 
 def loops() -> Loops | None:

@@ -26,7 +26,7 @@ MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT, DEPENDENT_WEIGHT = 0.72, -0.05, 1.15  # see CodecModel.rounding_weight
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
 CORRECTIONS = ((0.45, 0.8), (0.45, 0.8))  # shares of the way at quality 0 and 100, see CodecModel.corrected
-IN_TRAINING, PULL = 0.73, 1.0  # see CodecModel.forward
+IN_TRAINING, PULL = (0.51, 0.69), 1.0  # see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.64, 0.06  # see softly_rounded
 THRESHOLD_EXPONENT, MAX_THRESHOLD = -0.7, 0.95  # with a worth of its errors
 Share = tuple[float, float]
@@ -213,8 +213,8 @@ class CodecModel(nn.Module):
         shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
         g_a anticipates in the mean only, whereas this sees what it does to these very latents. The ``share`` of the
         way, given for quality 0 and 100, grows linearly: the finer the steps, the surer is v. ``worth`` is that of
-        :meth:`rounded`, which makes zeros of more where errors count less. Encoders do so twice, each time less
-        far. Without gradients.
+        :meth:`rounded`, which makes zeros of more where errors count less. Encoders do so once for each of some shares
+        (:meth:`latents_to_quantise`). Without gradients.
         """
         v = softly_rounded(y, worth)
         missing = self.shortcut.analysis(x - self.synthesis(v, code)) * self.gain(code)[:, None, None]
@@ -300,7 +300,7 @@ class CodecModel(nn.Module):
         frozen_latents: bool = False,
         optimised_rounding: bool = False,
         worth: Tensor | None = None,
-        correction: Share = CORRECTIONS[0],
+        correction: Share = IN_TRAINING,
         quantiser: str = "ste",
     ) -> Forward:
         """Training pass: context and synthesis get latents from the ``quantiser`` (:func:`quantised`).
@@ -310,17 +310,16 @@ class CodecModel(nn.Module):
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
         Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. That
-        is wrong where g_s answers too strongly, and then the analysis drifts: hence only once, IN_TRAINING of the share
-        ``correction`` of the way, and y is drawn to what it is corrected to, by PULL bits times the logarithm of about
-        the squared distance.
+        is wrong where g_s answers too strongly, and then the analysis drifts: hence only once and less far, by the
+        share ``correction``, and y is drawn to what it is corrected to, by PULL bits times the logarithm of about the
+        squared distance.
 
         With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are
         rounded as the encoder does it (:meth:`rounded`, with ``worth``), likewise straight through.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        low, high = correction
-        corrected = self.corrected(x, y, code, worth, (IN_TRAINING * low, IN_TRAINING * high))
+        corrected = self.corrected(x, y, code, worth, correction)
         drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
         y_hat = quantised(y, quantiser)

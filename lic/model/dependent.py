@@ -86,7 +86,7 @@ class Chains:
     share: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.least <= self.large <= len(SCALES):
+        if not 0 <= self.least <= self.large <= len(SCALES) or self.share == 0:
             raise ValueError("kinds of latents that are none")
 
     @property
@@ -163,6 +163,8 @@ class Dependent:
 
     def __post_init__(self) -> None:
         states = len(self.trellis)
+        if self.trellis.dtype != np.int64 or not self.trellis.flags.c_contiguous:
+            raise ValueError("a trellis of other numbers")
         if self.trellis.shape != (states, 2) or not 2 <= states <= MAX_STATES:
             raise ValueError("no trellis of two ways from each state")
         if not np.array_equal(np.sort(self.trellis, axis=None), np.repeat(np.arange(states), 2)):

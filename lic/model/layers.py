@@ -114,7 +114,8 @@ class Residual(nn.Module):
     def _feed(self, x: Tensor, limit: float) -> Tensor:
         value, gate = self.expand(x).chunk(2, dim=-1)
         gated = value * F.silu(gate)
-        return self.reduce(gated.clamp(-limit, limit) if limit < math.inf else gated)
+        # As clamp, with a gradient in one pass instead of four.
+        return self.reduce(F.hardtanh(gated, -limit, limit) if limit < math.inf else gated)
 
 
 class PlainResidual(nn.Module):

@@ -190,7 +190,7 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
             if TRELLIS not in arrays:
                 raise ValueError("dependent quantisation without a trellis, as on 2026-11-29 alone")
             trellis = arrays[TRELLIS].astype(np.int64)
-            chains = Chains(*map(int, arrays[CHAIN])) if CHAIN in arrays else FIRST_CHAINS
+            chains = _chains(arrays[CHAIN]) if CHAIN in arrays else FIRST_CHAINS
             dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32), trellis, chains)
         net = _network(info, arrays, dependent, device)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
@@ -245,6 +245,13 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependen
     exact.known_answer(torch.device(device))
     net.unit_tables = log2.to(device), index.to(device)
     return net.to(device)
+
+
+def _chains(array: np.ndarray) -> Chains:
+    """Raises ValueError if the array says nothing of chains."""
+    if array.dtype != np.uint8 or array.shape != (2,):
+        raise ValueError("chains of no known kind")
+    return Chains(*array.tolist())
 
 
 def without_dependence(model: LoadedModel) -> LoadedModel:

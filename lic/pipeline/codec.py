@@ -132,14 +132,16 @@ def encode_rgb(
             code,
             boxes,
             y,
+            weight,
             known,
+            encoded.estimated_bits,
             EFFORTS[effort],
             DISTORTIONS[tune],
             is_over=is_over,
             progress=lambda done: report(len(boxes) * (1 + done)),
         )
     (better,), _ = _coded(
-        model, [rgb], [quality_code], tile, boxes, *found, tune, lambda done: report(units - len(boxes) + done)
+        model, [rgb], [quality_code], tile, boxes, *found, weight, tune, lambda done: report(units - len(boxes) + done)
     )
     best = min(encoded, better, key=lambda e: _cost(model, e, rgb, tune))
     header = replace(best.container.header, effort=effort)

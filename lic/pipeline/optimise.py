@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lic.model.codec import CodecModel, expected_offset, gaussian_bits, lambda_of
+from lic.model.codec import CodecModel, expected_offset, gaussian_bits, lambda_of, round_for_rate
 from lic.model.context import Geometry, Prediction
 from lic.model.hyperprior import Z_LIMIT
 from lic.pipeline import windows
 from lic.pipeline.distortion import Distortion
-from lic.pipeline.tile import quantised
+from lic.pipeline.tile import dependently_quantised
 
 STEP = 0.7  # share of the way towards the target that the first pass goes; falls linearly to nothing
 WORSE = 1.02  # a pass with so many times the least cost found is taken back, and steps become smaller
@@ -83,25 +83,28 @@ def optimise(
     code: Tensor,
     boxes: Sequence[Box],
     y: Tensor,
+    rounding_weight: Tensor,
     start: tuple[Tensor, Tensor, Tensor],
+    start_bits: float,
     effort: Effort,
     distortion: Distortion,
     *,
     is_over: Callable[[float], bool],
     progress: Callable[[int], None],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents y (1, h, w, M) to quantise, integers z (1, h/4, w/4, C), and the weight of each latent's error.
+) -> tuple[Tensor, Tensor]:
+    """Latents y (1, h, w, M) to quantise, and integers z (1, h/4, w/4, C).
 
-    Quantised with that weight, as in :func:`lic.pipeline.tile.code_tiles`, they have the least bits + λ·error found.
-    The bits are those of the network in floating point, whose gradients take half the time.
+    Quantised with their weight, as in :func:`lic.pipeline.tile.code_tiles`, they have the least bits + λ·error found.
+    The bits are those of the network in floating point, whose gradients take half the time; with dependent quantisation
+    those of its tables.
 
     Args:
         net: the model, exact.
         pixels: uint8 or uint16, (H, W, 3), or gray (H, W, 1).
         code: quality code, (1,).
         boxes: of the tiles, which are coded independently.
-        y: latents as the analysis gives them.
-        start: integers y and z that one pass gives, and the dequantised latents.
+        y: latents as the analysis gives them; rounding_weight: that of each one's error, as in :class:`Latents`.
+        start: integers y and z that one pass gives, and the dequantised latents. start_bits: of these.
         effort: how long to search.
         distortion: what error is.
         is_over: is told the seconds that a pass took, and says whether there is no time for another one.
@@ -110,7 +113,7 @@ def optimise(
     weight = windows.weight(net, pixels, Geometry(1, *y.shape[1:3]), code, distortion)
     lagrangian = float(lambda_of(code)[0])
     target, (y_hat, z, dequantised) = y, start
-    dequantised = dequantised.clone()
+    dequantised, known_bits = dequantised.clone(), start_bits
     best_cost, best, damping = math.inf, (target, z), distortion.damping
     searches = [_HyperSearch(net, code) for _ in boxes]
     for number in range(effort.passes + 1):
@@ -132,6 +135,8 @@ def optimise(
             if to_z is not None and number % 2 == 0:
                 z_next[at_z], rate = search.step(y_hat[at], z[at_z], to_z, rate)
             eighths[at], scale_index[at] = rate.p
+        if net.dependent is not None:  # not the Gaussians' bits: those of the quantiser's tables
+            bits = known_bits
         error, error_slope = windows.error(net, dequantised, code, pixels, distortion, with_slope=not last)
         cost = bits + lagrangian * error
         if cost < best_cost:
@@ -146,12 +151,18 @@ def optimise(
             damping *= 2
         where = here.dequantised - here.gradient / (2 * damping * weight)
         target = here.target + STEP * (1 - number / (effort.passes + 1)) * (where - here.target)
-        y_hat, dequantised, z = torch.empty_like(y), torch.empty_like(y), here.z_next
+        y_hat, dequantised, z, known_bits = torch.empty_like(y), torch.empty_like(y), here.z_next, 0.0
         for geometry, rows, columns in boxes:
-            at = slice(None), rows, columns
-            p = Prediction(*(t[at] for t in here.p))
-            y_hat[at], dequantised[at] = quantised(net, geometry, p, target[at], weight[at])
-    return *best, weight
+            at, at_z = (slice(None), rows, columns), (slice(None), quarter(rows), quarter(columns))
+            if net.dependent is None:  # each latent by itself: with the tables of before, for most integers stay
+                p = Prediction(*(t[at] for t in here.p))
+                y_hat[at] = round_for_rate(target[at], p.mean, p.scale, rounding_weight[at], net.centroids)
+                continue
+            # One path of many: all integers may change, and with them the tables of those that follow.
+            found = dependently_quantised(net, geometry, z[at_z], code, target[at], rounding_weight[at])
+            y_hat[at], dequantised[at] = found.y, found.dequantised
+            known_bits += float(found.bits.sum()) + float(net.prior.bits(z[at_z], code).sum())
+    return best
 
 
 class _HyperSearch:

@@ -221,26 +221,35 @@ def predicted_integers(p: Prediction) -> Predicted:
     return Predicted(shift, centred - shift * FRACTIONS, scale_index)
 
 
-def quantised(
-    net: CodecModel, geometry: Geometry, predictions: Prediction, y: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Integers of a tile (B, h, w, M) from all its predictions at once, and the dequantised latents.
+class Quantised(NamedTuple):
+    """Integers of a tile and its dequantised latents, (B, h, w, M), and the bits of y, (B,)."""
 
-    y and weight as in :class:`Latents`. What :func:`code_tiles` chooses step by step, with its own predictions.
+    y: Tensor
+    dequantised: Tensor
+    bits: Tensor
+
+
+@torch.no_grad()
+def dependently_quantised(
+    net: CodecModel, geometry: Geometry, z: Tensor, code: Tensor, y: Tensor, weight: Tensor
+) -> Quantised:
+    """What :func:`code_tiles` makes of latents, step by step with the context of its own choices, coding nothing.
+
+    z, y and weight as in :class:`Latents`. A network in floating point may choose otherwise than the exact one.
     """
-    if net.dependent is None:
-        mean, scale = predictions.mean, predictions.scale
-        integers = round_for_rate(y, mean, scale, weight, net.centroids)
-        return integers, integers + expected_offset(integers, mean, scale, net.centroids)
-    integers, dequantised = torch.empty_like(y), torch.empty_like(y)
+    assert net.dependent is not None
+    integers, dequantised, bits = torch.empty_like(y), torch.empty_like(y), y.new_zeros(len(y))
     schedule = net.context.schedule
+    state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
     for step in range(schedule.steps(geometry)):
-        predicted = predicted_integers(Prediction(*(schedule.take(t, step) for t in predictions)))
+        predicted = predicted_integers(net.context.predict(state, step))
         part = Part(schedule.take(y, step), schedule.take(weight, step))
         coded = _dependent(net.dependent, predicted, [Forgetful()] * len(y), part)
         schedule.put(integers, step, coded.y)
         schedule.put(dequantised, step, coded.dequantised)
-    return integers, dequantised
+        bits += coded.bits
+        state = net.context.observe(state, step, coded.y)
+    return Quantised(integers, dequantised, bits)
 
 
 def code_step(

@@ -33,8 +33,7 @@ def make_optimizers(model: nn.Module, name: str) -> list[Optimizer]:
         else:
             groups.setdefault(part if part in FACTORS else "networks", []).append(parameter)
     options = [{"name": k, "factor": FACTORS[k], "params": v} for k, v in groups.items()]
-    cuda = any(p.is_cuda for p in model.parameters())
-    optimizers: list[Optimizer] = [torch.optim.AdamW(options, betas=(0.9, 0.98), weight_decay=0.0, fused=cuda)]
+    optimizers: list[Optimizer] = [torch.optim.AdamW(options, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
     networks = [{"name": "networks", "factor": FACTORS["networks"], "params": matrices}]
     if name == "muon":
         if not hasattr(torch.optim, "Muon"):

@@ -212,9 +212,6 @@ class Trainer:
                 trainer.encoded = {k: tuple(t.to(device) for t in v) for k, v in state["encoded"].items()}
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
-            for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-                if "fused" in fresh:  # which goes with the device
-                    group["fused"] = fresh["fused"]
             optimizer.load_state_dict(saved)
         trainer.step, trainer.seconds, trainer.pixels = state["step"], state["seconds"], state["pixels"]
         trainer._seed_random()
@@ -390,7 +387,7 @@ class Trainer:
                 frozen_latents=frozen,
                 optimised_rounding=refine,
                 worth=worth,
-                correction=DISTORTIONS[self.settings.tune].corrections[0],
+                correction=DISTORTIONS[self.settings.tune].in_training,
                 quantiser=self.settings.quantiser,
             )
         return _weighted(out.y_bits, out.z_bits, self._distortion(out.x_hat, x), code, x.shape[1] * x.shape[2])
@@ -521,7 +518,7 @@ def _stored(dependent: Dependent | None) -> dict[str, Tensor]:
     """As tensors, which is all that is read back from a state."""
     assert dependent is not None
     arrays = {"offsets": dependent.offsets, "trellis": dependent.trellis} | dependent.tables.to_arrays()
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     return tensors | {"chains": torch.tensor([-1 if n is None else n for n in astuple(dependent.chains)])}
 
 
