@@ -39,7 +39,7 @@ from lic.part import Region
 from lic.pipeline import windows
 from lic.pipeline.codec import Encoded, decode_rgb, decode_rgbs, encode_rgb, encode_rgbs
 from lic.pipeline.distortion import DISTORTIONS
-from lic.pipeline.tile import CodedTiles, Latents, Reader, Writer, code_tiles, dependently_quantised
+from lic.pipeline.tile import CodedTiles, Latents, Reader, Writer, code_tiles, quantised_in_steps
 from lic.quality import MAX_CODE, lambda_of
 from lic.train.dependent import CHAINS, TRELLIS, Statistics, _fitted, fit, trellis_of
 
@@ -867,7 +867,7 @@ def test_integers_are_coded_as_they_were_chosen(fitted: Fitted, seed: int) -> No
     assert torch.equal(again.dequantised, chosen.dequantised)
     assert known.weight is not None
     with exact_arithmetic():
-        found = dependently_quantised(net, GEOMETRY, known.z, torch.tensor(CODES[:2]), known.y, known.weight)
+        found = quantised_in_steps(net, GEOMETRY, known.z, torch.tensor(CODES[:2]), known.y, known.weight)
         z_bits = net.prior.bits(known.z, torch.tensor(CODES[:2])).sum(dim=(1, 2, 3))
     assert torch.equal(found.y, chosen.latents.y)
     assert torch.equal(found.dequantised, chosen.dequantised)

@@ -26,7 +26,7 @@ from lic.model.context import Geometry, Prediction
 from lic.model.hyperprior import Z_LIMIT
 from lic.pipeline import windows
 from lic.pipeline.distortion import Distortion
-from lic.pipeline.tile import dependently_quantised
+from lic.pipeline.tile import quantised_in_steps
 
 STEP = 0.7  # share of the way towards the target that the first pass goes; falls linearly to nothing
 WORSE = 1.02  # a pass with so many times the least cost found is taken back, and steps become smaller
@@ -124,6 +124,8 @@ def optimise(
         eighths, scale_index, z_next = torch.empty_like(y), torch.empty_like(y), z.clone()
         bits = 0.0
         for (_, rows, columns), search in zip(boxes, searches, strict=True):
+            if net.dependent is not None and not with_context:
+                continue
             at, at_z = (slice(None), rows, columns), (slice(None), quarter(rows), quarter(columns))
             rate, to_y, to_z = _rate(net, y_hat[at], z[at_z], code, with_context)
             bits += rate.bits
@@ -159,7 +161,7 @@ def optimise(
                 y_hat[at] = round_for_rate(target[at], p.mean, p.scale, rounding_weight[at], net.centroids)
                 continue
             # One path of many: all integers may change, and with them the tables of those that follow.
-            found = dependently_quantised(net, geometry, z[at_z], code, target[at], rounding_weight[at])
+            found = quantised_in_steps(net, geometry, z[at_z], code, target[at], rounding_weight[at])
             y_hat[at], dequantised[at] = found.y, found.dequantised
             known_bits += float(found.bits.sum()) + float(net.prior.bits(z[at_z], code).sum())
     return best

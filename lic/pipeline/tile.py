@@ -230,7 +230,7 @@ class Quantised(NamedTuple):
 
 
 @torch.no_grad()
-def dependently_quantised(
+def quantised_in_steps(
     net: CodecModel, geometry: Geometry, z: Tensor, code: Tensor, y: Tensor, weight: Tensor
 ) -> Quantised:
     """What :func:`code_tiles` makes of latents, step by step with the context of its own choices, coding nothing.

@@ -26,7 +26,7 @@ from lic.model.dependent import (
     Dependent,
     distance,
 )
-from lic.pipeline.tile import predicted_integers
+from lic.pipeline.tile import predicted_integers, quantised_in_steps
 
 LIMIT = 48  # symbols counted, in magnitude
 PRIOR = 60.0  # how many observations a Gaussian counts for beside what was observed
@@ -95,14 +95,10 @@ def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, 
     assert net.dependent is not None
     y = net.latents_to_quantise(x, code, worth, shares)
     z = torch.round(net.hyper_analysis(y, code))
-    schedule, result = net.context.schedule, torch.empty_like(y)
-    for step, chosen in enumerate(chosen_steps(net, y, z, code, worth)):
-        quantisers = chosen.quantisers % SMALL
-        integers = chosen.shift + distance(chosen.symbols, quantisers)
-        offsets = net.dependent.offset(chosen.symbols, quantisers, chosen.scale_index, chosen.eighths)
-        values = torch.from_numpy((integers + offsets) * SPACING).to(result)
-        schedule.put(result, step, values.view(schedule.take(y, step).shape))
-    return result
+    weight = net.rounding_weight(code)[:, None, None].expand_as(y)
+    with exact_arithmetic():
+        its_weight = weight if worth is None else worth * weight
+        return quantised_in_steps(net, Geometry(*y.shape[:3]), z, code, y, its_weight).dequantised
 
 
 def fit(
@@ -150,16 +146,11 @@ def _quantisers(quantiser: Dependent, symbols: np.ndarray, scale_index: np.ndarr
 
 
 @torch.no_grad()
-def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None = None) -> Iterator[Chosen]:
-    """Dependent quantisation of latents y (B, h, w, M) in quantiser steps, step by step with the context of its own.
-
-    ``worth``: how many times its usual weight the error of each latent has, (B, h, w, M).
-    """
+def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Iterator[Chosen]:
+    """Dependent quantisation of latents y (B, h, w, M) in quantiser steps, step by step with the context of its own."""
     assert net.dependent is not None
     geometry, schedule = Geometry(*y.shape[:3]), net.context.schedule
     weight = (net.rounding_weight(code) * SPACING**2)[:, None, None].expand_as(y)
-    if worth is not None:
-        weight = worth * weight
     with exact_arithmetic():
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
         for step in range(schedule.steps(geometry)):
