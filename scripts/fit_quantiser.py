@@ -3,8 +3,8 @@
 Usage: python scripts/fit_quantiser.py OLD NEW PICTURES... --megapixels 16
 
 OLD is a folder of weights files, NEW another one, which gets all of them with the tables and offsets of dependent
-quantisation (lic/train/dependent.py) that are fitted to what BASE makes of random crops of the pictures, and with
-units that count in its integers. Networks stay what they are.
+quantisation (lic/train/dependent.py) that are fitted to what BASE makes of random crops of the pictures, with what the
+first step of each learns from neighbours, and with units that count in its integers. Networks stay what they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from lic.model import store
 from lic.train.data import Pictures, sample
-from lic.train.dependent import fit
+from lic.train.dependent import ToQuantise, fit, fit_neighbours
 
 CROPS, SIDE = 4, 256
 
@@ -40,7 +40,9 @@ def main(old: Path, new: Path, data: tuple[Path, ...], base: str, megapixels: fl
     parent = store.read_info(old / (base + store.SUFFIX))
     net = store.load_file(parent).net
     net.quantise(None)
-    quantiser = fit(net, crops)
+    latents = [ToQuantise.of(net, *crop) for crop in crops]
+    quantiser = fit(net, latents)
+    of_base = fit_neighbours(net, latents)
     new.mkdir(parents=True, exist_ok=True)
     target, today = new / parent.path.name, datetime.date.today().isoformat()
     for info in (parent, *(store.read_info(path) for path in sorted(old.glob("*" + store.SUFFIX)))):
@@ -48,6 +50,10 @@ def main(old: Path, new: Path, data: tuple[Path, ...], base: str, megapixels: fl
             continue
         net = store.load_file(info).net
         net.quantise(quantiser)
+        if info is parent or "context." in info.shared:
+            net.quantise(of_base)
+        else:
+            fit_neighbours(net, latents)
         provenance = info.provenance | {"quantiser": {"date": today, "megapixels": round(megapixels)}}
         meta = {"provenance": provenance, "rate_range": info.rate_range}
         store.write_model(new / info.path.name, net, meta, None if info is parent else store.read_info(target))

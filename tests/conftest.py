@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 DATA = Path(__file__).parent / "data"
 # Before anything asks for models: the tests code with the tiny one, which never changes.
@@ -35,6 +36,12 @@ def picture() -> np.ndarray:
     """uint8 (44, 70, 3): smooth, no multiple of anything."""
     y, x = np.mgrid[0:44, 0:70]
     return np.stack([3 * x, 5 * y, 60 + x + y], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def demo() -> np.ndarray:
+    """The bundled photo, uint8 (512, 768, 3)."""
+    return np.asarray(Image.open(DATA / "demo.png").convert("RGB"))
 
 
 @pytest.fixture

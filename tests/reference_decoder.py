@@ -349,6 +349,7 @@ def attend(q: Activation, k: Activation, v: Activation, bias: Ints) -> Activatio
 
 # Weights (5.2)
 
+ENTROPY = ("h_s", "context", "units", "tables", "trellis", "chain", "neighbours")
 SYNTHESIS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets")
 
 
@@ -366,7 +367,7 @@ class Weights:
         settings = {**self.config, "grids": self.grids, "revision": 2}
         settings.pop("name", None)
         settled = json.dumps(settings, sort_keys=True).encode()
-        self.entropy_id = self._digest(settled, ("h_s", "context", "units", "tables", "trellis", "chain"))[:4]
+        self.entropy_id = self._digest(settled, ENTROPY)[:4]
         self.synthesis_id = self._digest(b"", SYNTHESIS)[:2]
         self.y, self.z = (
             Tables(*(self.arrays[f"tables.{part}.{name}"] for name in ("cdf", "size", "offset", "raw_bits")))
@@ -379,7 +380,7 @@ class Weights:
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:end])
         information = json.loads(header.pop("__metadata__")["lic"])
-        types = {"I8": "|i1", "U8": "|u1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "F32": "<f4"}
+        types = {"I8": "|i1", "U8": "|u1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "F32": "<f4"}
         for name, entry in header.items():
             begins = shared is not None and any(part.endswith(".") and name.startswith(part) for part in shared)
             if name in self.arrays or not (shared is None or name in shared or begins):
@@ -566,6 +567,53 @@ def read_dependent(stream: Stream, tables: Tables, arrays: dict[str, np.ndarray]
     return 2 * k - np.where(k < 0, -q, np.where(k > 0, q, 0))
 
 
+def read_with_neighbours(stream: Stream, tables: Tables, arrays: dict[str, np.ndarray], i: Ints, e: Ints) -> Ints:
+    """ŷ of the first step, all (row, column, channel) (5.13)."""
+    channels, weight, narrower = (
+        arrays[f"neighbours.{name}"].astype(np.int64) for name in ("channels", "weight", "narrower")
+    )
+    rows, columns, _ = i.shape
+    y = np.zeros_like(i)
+
+    def read(at: Place, e: Ints, i: Ints) -> None:
+        m = (e + 4) // 8
+        y[at] = m + read_dependent(stream, tables, arrays, i, e + 4 - 8 * m)
+
+    def level(r: int, s: int) -> tuple[int, int]:
+        """Its d and number."""
+        for n in range(0, narrower.shape[1] - 1, 2):
+            d = 1 << (narrower.shape[1] - 1 - n) // 2
+            if r % d == s % d == 0:
+                return d, n
+            if r % d and s % d and (2 * r) % d == (2 * s) % d == 0:
+                return d // 2, n + 1
+        return 1, narrower.shape[1] - 1
+
+    def mirrored(at: int, to: int, size: int) -> int | None:
+        return to if 0 <= to < size else 2 * at - to if 0 <= 2 * at - to < size else None
+
+    positions = [(*level(r, s), r, s) for r, s in product(range(rows), range(columns))]
+    for n in range(narrower.shape[1]):
+        places, means, scales = [], [], []
+        for d, r, s in ((d, r, s) for d, number, r, s in positions if number == n):
+            steps = [(-d, -d), (-d, d), (d, -d), (d, d)] if n % 2 else [(-d, 0), (d, 0), (0, -d), (0, d)]
+            for k, c in enumerate(channels):
+                total = 0
+                for down, right in steps if n else ():
+                    row, column = mirrored(r, r + down, rows), mirrored(s, s + right, columns)
+                    if row is not None and column is not None:
+                        total += 8 * int(y[row, column, c]) - int(e[row, column, c])
+                places.append((r, s, c))
+                means.append(e[r, s, c] + ((int(weight[k, n - 1]) * total + 128) // 256 if n else 0))
+                scales.append(min(max(i[r, s, c] - narrower[k, n], 0), 63))
+        if places:
+            read(tuple(np.array(places).T), np.array(means), np.array(scales))  # type: ignore[arg-type]
+    others = np.setdiff1d(np.arange(i.shape[2]), channels)
+    at = tuple(t.ravel() for t in np.meshgrid(np.arange(rows), np.arange(columns), others, indexing="ij"))
+    read(at, e[at], i[at])  # type: ignore[arg-type]
+    return y
+
+
 class Tile:
     """A tile whose hyper-latents are known. y: (row, column, channel), as far as it has been read.
 
@@ -574,6 +622,7 @@ class Tile:
 
     def __init__(self, weights: Weights, code: int, z: Ints) -> None:
         self.weights, self.code, self.psi = weights, code, hyper_synthesis(z, weights, code)
+        self.is_first = True  # nothing has been read
         self.log2, self.index = (interpolate(weights.ints(f"units.{name}"), code) for name in ("log2", "index"))
         self.y = np.zeros((4 * z.shape[0], 4 * z.shape[1], weights.config["latent"]), np.int64)
 
@@ -586,7 +635,10 @@ class Tile:
     def read(self, stream: Stream, place: Place, answer: Activation) -> None:
         """Read the latents of a place. answer: (..., 2C), first all means, then all scales."""
         i, j, m = scales_and_means(answer, self.log2[place[2]], self.index[place[2]])
-        tables = self.weights.y
+        tables, is_first, self.is_first = self.weights.y, self.is_first, False
+        if is_first and "neighbours.channels" in self.weights.arrays:
+            self.y[place] = read_with_neighbours(stream, tables, self.weights.arrays, i, 8 * m + j - 4)
+            return
         if "offsets" in self.weights.arrays:
             values = read_dependent(stream, tables, self.weights.arrays, i.ravel(), j.ravel())
         else:

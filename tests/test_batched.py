@@ -10,7 +10,6 @@ import pytest
 from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import lic
 from lic import container, pipeline
@@ -26,11 +25,6 @@ MODELS = sorted(path.stem for path in (DATA / "models").glob("*.safetensors"))
 @pytest.fixture(scope="module")
 def codec() -> lic.Codec:
     return lic.Codec("tiny", "cpu")
-
-
-@pytest.fixture(scope="module")
-def demo() -> np.ndarray:
-    return np.asarray(Image.open(DATA / "demo.png").convert("RGB"))
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from click.testing import CliRunner
 from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file
@@ -41,7 +40,7 @@ from lic.pipeline.codec import Encoded, decode_rgb, decode_rgbs, encode_rgb, enc
 from lic.pipeline.distortion import DISTORTIONS
 from lic.pipeline.tile import CodedTiles, Latents, Reader, Writer, code_tiles, quantised_in_steps
 from lic.quality import MAX_CODE, lambda_of
-from lic.train.dependent import CHAINS, TRELLIS, Statistics, _fitted, fit, trellis_of
+from lic.train.dependent import CHAINS, TRELLIS, Statistics, ToQuantise, _fitted, fit, trellis_of
 
 ROOT = Path(__file__).parent.parent
 SMALL, MEDIUM, LARGE = range(0, 9), range(9, 26), range(26, 64)  # scale indices
@@ -634,11 +633,6 @@ def test_tables_of_other_quantisers_are_refused(gaussian: Dependent) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo() -> np.ndarray:
-    return np.asarray(Image.open(DATA / "demo.png").convert("RGB"))
-
-
-@pytest.fixture(scope="module")
 def photo(demo: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(demo[200:328, 300:428])
 
@@ -666,14 +660,14 @@ class Fitted(NamedTuple):
 @pytest.fixture(scope="module")
 def fitted(demo: np.ndarray, scalar: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     random = np.random.default_rng(7)
-    crops = []
+    net = store.load_file(scalar.info).net
+    net.quantise(None)
+    latents = []
     for code in range(0, MAX_CODE, MAX_CODE // 4):
         top, left = (int(random.integers(n - 128)) for n in demo.shape[:2])
         crop = torch.from_numpy(demo[top : top + 128, left : left + 128].copy()).float() / 255 - 0.5
-        crops.append((crop[None], torch.tensor([float(code)])))
-    net = store.load_file(scalar.info).net
-    net.quantise(None)
-    found = fit(net, crops)
+        latents.append(ToQuantise.of(net, crop[None], torch.tensor([float(code)])))
+    found = fit(net, latents)
     assert net.dependent is found
     return Fitted(found, written(net, tmp_path_factory.mktemp("fitted") / TINY.name))
 

@@ -1,6 +1,6 @@
 """Files that must decode for ever, with the small models of the tests: format version 1.
 
-Those of the tiny model cover the modes, depths, tiles and metadata of the format, three each of two relatives of it
+Those of the tiny model cover the modes, depths, tiles and metadata of the format, three each of three relatives of it
 dependent quantisation; two hold arbitrary symbols: deviations from skipped modes, long escapes, values at the limits.
 Every other system has a picture, a tiled gray one and arbitrary symbols. Never replace one, nor a model: add others
 when the format grows.

@@ -19,7 +19,7 @@ The latents of a step are of three kinds, by the scale that is predicted for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -29,6 +29,7 @@ import numpy.typing as npt
 from lic import coder
 from lic.coder import SCALES, Tables
 from lic.errors import CorruptError
+from lic.model.neighbours import Neighbours
 
 SPACING_LOG2 = -3400  # of the integers' distance in quantiser steps: 9/16, in 4096ths of an octave
 SPACING = 2.0 ** (SPACING_LOG2 / 4096)
@@ -66,7 +67,7 @@ class Forgetful:
 
 
 class Kinds(NamedTuple):
-    """Places of the latents of each kind in a step, in the order in which they are coded."""
+    """Places of the latents of each kind in a piece of a step, in the order in which they are coded."""
 
     small: Ints
     medium: Ints
@@ -132,8 +133,21 @@ class Chains:
 FIRST_CHAINS = Chains(8, 17, share=6)  # of weights that do not say
 
 
+class Piece(NamedTuple):
+    """Latents of a step that are coded together, and whether they are its last ones.
+
+    at: their places in the step, n of them. shift, eighths, scale_index: what they are predicted to be, (B, n).
+    """
+
+    at: Ints | slice
+    shift: Ints
+    eighths: Ints
+    scale_index: Ints
+    is_last: bool
+
+
 class Coded(NamedTuple):
-    """The latents of a step (N,): distances from their rounded means, and offsets; the bits of writers."""
+    """The latents of a piece (N,): distances from their rounded means, and offsets; the bits of writers."""
 
     distances: Ints
     offsets: Floats
@@ -153,13 +167,15 @@ class Dependent:
     tables: of small latents, of medium ones, of parities of large ones, of the rest of large ones. offsets:
     (scales, QUANTISERS, OFFSETS), how much farther than its integer, in integers, a latent is expected from the mean;
     for symbol 0 that is a share of the mean's fraction. trellis: (states, 2), the state that follows a state and the
-    parity of its symbol; a state has quantiser state & 1, and two ways lead to each. ValueError if they are not so.
+    parity of its symbol; a state has quantiser state & 1, and two ways lead to each. neighbours: what the first step
+    learns from them, if the model has any. ValueError if they are not so.
     """
 
     tables: Tables
     offsets: Floats
     trellis: Ints
     chains: Chains
+    neighbours: Neighbours | None = None
 
     def __post_init__(self) -> None:
         states = len(self.trellis)
@@ -174,6 +190,26 @@ class Dependent:
         medium = slice(self.chains.medium_row, self.chains.parity_row)
         if self.tables.skipped[medium].any() or self.tables.raw_bits[medium].any():
             raise ValueError("a table of chained latents skips symbols or has raw bits")
+
+    def pieces(
+        self, grid: tuple[int, int] | None, shift: Ints, eighths: Ints, scale_index: Ints, integers: Ints
+    ) -> Iterator[Piece]:
+        """The latents of a step, all together unless they learn from each other.
+
+        Args:
+            grid: of :meth:`Neighbours.pieces`, None but for the first step.
+            shift, eighths, scale_index: as predicted, (B, N).
+            integers: (B, N); those of a piece must be there when the next one is asked for.
+        """
+        if grid is None or self.neighbours is None:
+            yield Piece(slice(None), shift, eighths, scale_index, True)
+            return
+        half = FRACTIONS // 2
+        for at, mean, its_scale_index, is_last in self.neighbours.pieces(
+            grid, FRACTIONS * shift + eighths - half, scale_index, integers
+        ):
+            its_shift = (mean + half) // FRACTIONS
+            yield Piece(at, its_shift, mean + half - FRACTIONS * its_shift, its_scale_index, is_last)
 
     def choose(self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats) -> Ints:
         """Symbols of nearly the least bits + weight·error², (N,), or (B, N) of a batch of tiles, which is faster.
@@ -227,8 +263,13 @@ class Dependent:
         symbols[chain] = found
         return symbols
 
-    def code(self, symbols: SymbolCoder, scale_index: Ints, eighths: Ints, given: Ints | None) -> Coded:
-        """Code the latents of a step (N,); ``given`` are their symbols, None for readers. Raises CorruptError."""
+    def code(
+        self, symbols: SymbolCoder, scale_index: Ints, eighths: Ints, given: Ints | None, *, last: bool = True
+    ) -> Coded:
+        """Code the latents of a piece (N,), the ``last`` one of its step or not.
+
+        ``given`` are their symbols, None for readers. Raises CorruptError.
+        """
         kinds = self.chains.kinds(scale_index)
         small, medium, large = kinds
         values, quantisers = np.zeros((2, len(scale_index)), np.int64)
@@ -244,12 +285,12 @@ class Dependent:
             [rest_rows + 2 * quantisers[large] + parities, _small_rows(scale_index[small], eighths[small])]
         )
         rest = None if given is None else np.concatenate([given[large] >> 1, given[small]])
-        rest = symbols.code(rows, self.tables, rest, last=True)
+        rest = symbols.code(rows, self.tables, rest, last=last)
         values[large], values[small] = 2 * rest[: len(large)] + parities, rest[len(large) :]
         bits = 0.0
         if given is not None:
             for number, at in enumerate(kinds):
-                lengths = self._lengths(values[at], scale_index[at], eighths[at], quantisers[at], number)
+                lengths = self.lengths(values[at], scale_index[at], eighths[at], quantisers[at], number)
                 bits += float(lengths.sum(dtype=np.float64))
         return Coded(distance(values, quantisers), self.offset(values, quantisers, scale_index, eighths), bits)
 
@@ -319,14 +360,14 @@ class Dependent:
                 - distance(symbol, quantiser).astype(np.float32)
                 - self.offset(symbol, quantiser, scale_index, eighths)
             )
-            return self._lengths(symbol, scale_index, eighths, quantiser, kind) + weight * error**2
+            return self.lengths(symbol, scale_index, eighths, quantiser, kind) + weight * error**2
 
         even, odd, zero = sign * (low + (low & 1)), sign * (low | 1), np.zeros_like(low)
         of_even, of_zero = cost(even), cost(zero)
         best = of_even < of_zero
         return np.stack([np.where(best, of_even, of_zero), cost(odd)]), np.stack([np.where(best, even, zero), odd])
 
-    def _lengths(self, symbol: Ints, scale_index: Ints, eighths: Ints, quantiser: Ints | int, kind: int) -> Floats:
+    def lengths(self, symbol: Ints, scale_index: Ints, eighths: Ints, quantiser: Ints | int, kind: int) -> Floats:
         """Bits of symbols of a kind, the index in Kinds, each under its quantiser."""
         if kind == 0:
             return coder.code_lengths(symbol, _small_rows(scale_index, eighths), self.tables)

@@ -31,6 +31,7 @@ from lic.container import Header
 from lic.errors import LicError, UnsupportedError
 from lic.model.config import Config
 from lic.model.dependent import FIRST_CHAINS, Chains, Dependent
+from lic.model.neighbours import Neighbours
 from lic.quality import Tune
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 EXACT_PARTS = ("h_s", "context")
-ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables", "trellis", "chain")
+ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables", "trellis", "chain", "neighbours")
 SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets")
 REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
 NETWORKS = ("g_a", "g_s", "h_a")
@@ -51,6 +52,7 @@ ADAPTED = "g_a.last.left"  # an adapter's first half; if there is one, every mat
 CENTROIDS = "centroids"  # left out where they are zeros
 OFFSETS = "offsets"  # of dependent quantisation; weights without are of scalar quantisation
 TRELLIS, CHAIN = "trellis", "chain"  # of dependent quantisation, the second the least and large of its Chains
+NEIGHBOURS = "neighbours."  # of dependent quantisation, a part: the arrays of lic.model.neighbours.Neighbours
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
 
@@ -191,7 +193,8 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
                 raise ValueError("dependent quantisation without a trellis, as on 2026-11-29 alone")
             trellis = arrays[TRELLIS].astype(np.int64)
             chains = _chains(arrays[CHAIN]) if CHAIN in arrays else FIRST_CHAINS
-            dependent = Dependent(tables["y"], arrays[OFFSETS].astype(np.float32), trellis, chains)
+            offsets = arrays[OFFSETS].astype(np.float32)
+            dependent = Dependent(tables["y"], offsets, trellis, chains, _neighbours(arrays))
         net = _network(info, arrays, dependent, device)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -205,8 +208,14 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependen
 
     from lic import exact
     from lic.model.codec import CodecModel
+    from lic.model.context import Geometry
 
     net = CodecModel(Config.from_json(info.config))
+    if dependent is not None and dependent.neighbours is not None:
+        schedule, first = net.context.schedule, dependent.neighbours.channels[-1:]
+        of_step = schedule.take(torch.empty(1, 4, 4, net.config.latent), 0).shape[-1]
+        if schedule.first_grid(Geometry(1, 4, 4)) is None or np.any(first >= of_step):
+            raise ValueError("neighbours of another first step")
     net.quantise(dependent)
     net.g_s.limit = float(arrays[LIMIT][0]) if LIMIT in arrays else math.inf
     if ADAPTED in arrays:
@@ -214,7 +223,7 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependen
     state = {CENTROIDS: torch.zeros_like(net.centroids)}
     for name, value in arrays.items():
         if (
-            name.partition(".")[0] in ("tables", "units")
+            name.partition(".")[0] in ("tables", "units", "neighbours")
             or name.endswith((SCALE, EXPONENT))
             or name in (LIMIT, PACKED, OFFSETS, TRELLIS, CHAIN)
         ):
@@ -252,6 +261,16 @@ def _chains(array: np.ndarray) -> Chains:
     if array.dtype != np.uint8 or array.shape != (2,):
         raise ValueError("chains of no known kind")
     return Chains(*array.tolist())
+
+
+def _neighbours(arrays: dict[str, np.ndarray]) -> Neighbours | None:
+    """Raises ValueError if the arrays say nothing of neighbours."""
+    if NEIGHBOURS + "channels" not in arrays:
+        return None
+    found = [arrays[NEIGHBOURS + name] for name in ("channels", "weight", "narrower")]
+    if found[0].ndim != 1 or any(a.ndim != 2 for a in found[1:]) or any(a.dtype.kind not in "iu" for a in found):
+        raise ValueError("neighbours of no known kind")
+    return Neighbours(*(array.astype(np.int64) for array in found))
 
 
 def without_dependence(model: LoadedModel) -> LoadedModel:
@@ -331,6 +350,10 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
         arrays[TRELLIS] = net.dependent.trellis.astype(np.uint8)
         if net.dependent.chains != FIRST_CHAINS:
             arrays[CHAIN] = np.array([net.dependent.chains.least, net.dependent.chains.large], np.uint8)
+        if (neighbours := net.dependent.neighbours) is not None:
+            arrays[NEIGHBOURS + "channels"] = neighbours.channels.astype(np.int16)
+            arrays[NEIGHBOURS + "weight"] = neighbours.weight.astype(np.int8)
+            arrays[NEIGHBOURS + "narrower"] = neighbours.narrower.astype(np.int8)
     if not arrays[CENTROIDS].any():
         del arrays[CENTROIDS]
     if math.isfinite(net.g_s.limit):

@@ -170,17 +170,19 @@ class CodedTiles:
 
 
 class Place(NamedTuple):
-    """Where a step is coded: its stream, and whether it is the last of it."""
+    """Where a step is coded: its stream, whether it is the last of it, and the first step's grid, if it has one."""
 
     stream: int
     ends_stream: bool
+    grid: tuple[int, int] | None
 
 
 def places(schedule: Schedule, geometry: Geometry) -> list[Place]:
     """Of every step."""
     streams = [1 + schedule.stream_of(step) for step in range(schedule.steps(geometry))]
     last = {stream: step for step, stream in enumerate(streams)}
-    return [Place(stream, last[stream] == step) for step, stream in enumerate(streams)]
+    grid = schedule.first_grid(geometry)
+    return [Place(its, last[its] == step, None if step else grid) for step, its in enumerate(streams)]
 
 
 class Part(NamedTuple):
@@ -241,10 +243,10 @@ def quantised_in_steps(
     integers, dequantised, bits = torch.empty_like(y), torch.empty_like(y), y.new_zeros(len(y))
     schedule = net.context.schedule
     state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
-    for step in range(schedule.steps(geometry)):
+    for step, place in enumerate(places(schedule, geometry)):
         predicted = predicted_integers(net.context.predict(state, step))
         part = Part(schedule.take(y, step), schedule.take(weight, step))
-        coded = _dependent(net.dependent, predicted, [Forgetful()] * len(y), part)
+        coded = _dependent(net.dependent, place, predicted, [Forgetful()] * len(y), part)
         schedule.put(integers, step, coded.y)
         schedule.put(dequantised, step, coded.dequantised)
         bits += coded.bits
@@ -258,7 +260,7 @@ def code_step(
     """Code a step of a batch of tiles, whose latents are None for readers."""
     if model.net.dependent is None:
         return _scalar(model, place, predicted, symbols, known)
-    return _dependent(model.net.dependent, predicted, [_OfStep(its, place) for its in symbols], known)
+    return _dependent(model.net.dependent, place, predicted, [_OfStep(its, place) for its in symbols], known)
 
 
 def _scalar(
@@ -282,27 +284,37 @@ def _scalar(
 
 
 def _dependent(
-    quantiser: Dependent, predicted: Predicted, symbols: Sequence[dependent.SymbolCoder], known: Part | None
+    quantiser: Dependent,
+    place: Place,
+    predicted: Predicted,
+    symbols: Sequence[dependent.SymbolCoder],
+    known: Part | None,
 ) -> _Coded:
     """Each latent at one of the integers that those before it in its chain leave it (:mod:`lic.model.dependent`)."""
     shape, device = predicted.shift.shape, predicted.shift.device
     shift, eighths, scale_index = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
-    given: Sequence[dependent.Ints | None] = [None] * len(symbols)
-    if known is not None:
-        y = known.y.flatten(1).cpu().numpy()
-        if known.weight is None:
-            distances = y.astype(np.int64) - shift
-            given = [quantiser.symbols_of(*its) for its in zip(distances, scale_index, strict=True)]
-        else:
-            weight = known.weight.flatten(1).cpu().numpy() * np.float32(SPACING**2)
-            from_mean = (y / np.float32(SPACING) - shift).astype(np.float32)
-            given = list(quantiser.choose(from_mean, scale_index, eighths, weight))
-    coded = [quantiser.code(*its) for its in zip(symbols, scale_index, eighths, given, strict=True)]
-    distances, offsets, bits = (np.array(values) for values in zip(*coded, strict=True))
-    found = (torch.from_numpy(values).float().to(device) for values in (distances + shift, offsets, bits))
-    integers, offset, total = found
-    integers = integers.view(shape)
-    return _Coded(integers, (integers + offset.view(shape)) * SPACING, total)
+    y = None if known is None else known.y.flatten(1).cpu().numpy()
+    weight = None
+    if known is not None and known.weight is not None:
+        weight = known.weight.flatten(1).cpu().numpy() * np.float32(SPACING**2)
+    integers, offsets = np.zeros_like(shift), np.zeros(shift.shape, np.float32)
+    bits = np.zeros(len(shift))
+    for piece in quantiser.pieces(place.grid, shift, eighths, scale_index, integers):
+        at = piece.at
+        its_symbols: Sequence[dependent.Ints | None] = [None] * len(symbols)
+        if y is not None and weight is None:
+            distances = y[:, at].astype(np.int64) - piece.shift
+            its_symbols = [quantiser.symbols_of(*its) for its in zip(distances, piece.scale_index, strict=True)]
+        elif y is not None and weight is not None:
+            from_mean = (y[:, at] / np.float32(SPACING) - piece.shift).astype(np.float32)
+            its_symbols = list(quantiser.choose(from_mean, piece.scale_index, piece.eighths, weight[:, at]))
+        for b, (its_coder, given) in enumerate(zip(symbols, its_symbols, strict=True)):
+            coded = quantiser.code(its_coder, piece.scale_index[b], piece.eighths[b], given, last=piece.is_last)
+            integers[b, at], offsets[b, at] = piece.shift[b] + coded.distances, coded.offsets
+            bits[b] += coded.bits
+    of_step, offset, total = (torch.from_numpy(values).float().to(device) for values in (integers, offsets, bits))
+    of_step = of_step.view(shape)
+    return _Coded(of_step, (of_step + offset.view(shape)) * SPACING, total)
 
 
 @dataclass(frozen=True)

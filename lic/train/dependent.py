@@ -1,9 +1,10 @@
-"""Tables and offsets of dependent quantisation: from how often what is chosen, on training pictures."""
+"""Tables and offsets of dependent quantisation, from how often what is chosen on training pictures; neighbours."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,8 @@ from lic.model.dependent import (
     Dependent,
     distance,
 )
-from lic.pipeline.tile import predicted_integers, quantised_in_steps
+from lic.model.neighbours import WEIGHT_BITS, Neighbours, levels_of, sum_around
+from lic.pipeline.tile import places, predicted_integers, quantised_in_steps
 
 LIMIT = 48  # symbols counted, in magnitude
 PRIOR = 60.0  # how many observations a Gaussian counts for beside what was observed
@@ -49,6 +51,9 @@ def trellis_of(h0: int, h1: int) -> np.ndarray:
     state, parity = np.arange(2**memory)[:, None], np.arange(2)
     return np.asarray(state >> 1 ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * parity)
 
+
+LEVELS = 5  # of grids of neighbours
+LEAST_SHARE = 0.03  # of its bits that a channel of the first step must save by neighbours
 
 TRELLIS = trellis_of(0o515, 0o362)
 CHAINS = Chains(9, 26)
@@ -101,18 +106,28 @@ def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, 
         return quantised_in_steps(net, Geometry(*y.shape[:3]), z, code, y, its_weight).dequantised
 
 
+class ToQuantise(NamedTuple):
+    """Latents y (B, h, w, M) as an encoder has them before it quantises, z (B, h/4, w/4, C) and quality codes (B,)."""
+
+    y: Tensor
+    z: Tensor
+    code: Tensor
+
+    @classmethod
+    def of(cls, net: CodecModel, x: Tensor, code: Tensor) -> ToQuantise:
+        """Of pixels (B, 3, H, W)."""
+        y = net.latents_to_quantise(x, code)
+        return cls(y, torch.round(net.hyper_analysis(y, code)), code)
+
+
 def fit(
-    net: CodecModel, crops: Iterable[tuple[Tensor, Tensor]], trellis: np.ndarray = TRELLIS, iterations: int = 6
+    net: CodecModel, latents: Sequence[ToQuantise], trellis: np.ndarray = TRELLIS, iterations: int = 6
 ) -> Dependent:
-    """Dependent quantisation for a model with frozen weights, its entropy path exact, from latents of pixels and codes.
+    """Dependent quantisation for a model with frozen weights, its entropy path exact, from its latents.
 
     Begins with Gaussians; every iteration chooses with the tables of the one before, all but the last two with a third
-    of the crops each. The network has the result as its ``dependent``, and its units count in its integers.
+    of the latents each. The network has the result as its ``dependent``, and its units count in its integers.
     """
-    latents = []
-    for x, code in crops:
-        y = net.latents_to_quantise(x, code)
-        latents.append((y, torch.round(net.hyper_analysis(y, code)), code))
     found = _fitted(Statistics(), trellis)
     for i in range(iterations):
         net.quantise(found)
@@ -123,6 +138,87 @@ def fit(
         found = _fitted(statistics, trellis)
     net.quantise(found)
     return found
+
+
+def fit_neighbours(net: CodecModel, latents: Iterable[ToQuantise]) -> Dependent:
+    """What the first step of a model with dependent quantisation can learn from neighbours, if there is anything.
+
+    Least squares of what is unknown of the means of each channel, kept where they save bits. The network has the result
+    as its ``dependent``.
+    """
+    assert net.dependent is not None
+    plain = replace(net.dependent, neighbours=None)
+    net.quantise(plain)
+    samples: list[list[_Samples]] = [[] for _ in range(LEVELS)]
+    for y, z, code in latents:
+        grid = net.context.schedule.first_grid(Geometry(*y.shape[:3]))
+        if grid is None:
+            return plain
+        chosen = next(chosen_steps(net, y, z, code))
+        integers = distance(chosen.symbols, chosen.quantisers % SMALL)
+        unknown = FRACTIONS * integers - (chosen.eighths - FRACTIONS // 2)
+        by_position = (len(y), grid[0] * grid[1], -1)
+        around = unknown.reshape(len(y), *grid, -1)
+        unknown, scale_index = unknown.reshape(by_position), chosen.scale_index.reshape(by_position)
+        fraction = chosen.eighths.reshape(by_position)
+        for number, (positions, away, is_diagonal) in enumerate(levels_of(grid, LEVELS)):
+            total = sum_around(around, away, is_diagonal) if number else np.zeros_like(around)
+            at = [values.reshape(by_position)[:, positions] for values in (unknown, total, scale_index, fraction)]
+            samples[number].append(_Samples(*(values.reshape(-1, values.shape[-1]) for values in at)))
+    of_levels = [_Samples(*(np.concatenate(values) for values in zip(*level, strict=True))) for level in samples]
+    channels, weights, narrower = [], [], []
+    for channel in range(of_levels[0].unknown.shape[1]):
+        of_channel = [_Samples(*(values[:, channel] for values in level)) for level in of_levels]
+        found = [_least_bits(plain, its, has_neighbours=bool(n)) for n, its in enumerate(of_channel)]
+        before = sum(_bits(plain, its, 0, 0) for its in of_channel)
+        if sum(bits for bits, _, _ in found) < (1 - LEAST_SHARE) * before:
+            channels.append(channel)
+            weights.append([weight for _, weight, _ in found[1:]])
+            narrower.append([fewer for _, _, fewer in found])
+    if channels:
+        neighbours = Neighbours(*(np.array(values, np.int64) for values in (channels, weights, narrower)))
+        net.quantise(replace(plain, neighbours=neighbours))
+    return net.dependent
+
+
+class _Samples(NamedTuple):
+    """Latents of a level, (n, channels): what the mean misses, in eighths, that of their neighbours, and what they are
+    coded with."""
+
+    unknown: np.ndarray
+    around: np.ndarray
+    scale_index: np.ndarray
+    eighths: np.ndarray
+
+
+def _least_bits(quantiser: Dependent, samples: _Samples, has_neighbours: bool) -> tuple[float, int, int]:
+    """Bits of the latents of a level and channel, and the weight of neighbours and the fewer scale indices for that."""
+    weight = 0
+    if has_neighbours:
+        worth = 1 / np.maximum(SCALES[samples.scale_index], SCALES[CHAINS.least]) ** 2
+        worth[samples.scale_index < CHAINS.least] = 0
+        square = float(worth @ samples.around.astype(float) ** 2)
+        product = float(worth @ (samples.around * samples.unknown).astype(float))
+        weight = int(np.clip(np.rint(2**WEIGHT_BITS * product / max(square, 1.0)), 0, 127))
+    return min((_bits(quantiser, samples, weight, fewer), weight, fewer) for fewer in range(-4, 13))
+
+
+def _bits(quantiser: Dependent, samples: _Samples, weight: int, fewer: int) -> float:
+    """Of the integers that are there, by the tables of medium and large latents."""
+    change = weight * samples.around + (1 << WEIGHT_BITS - 1) >> WEIGHT_BITS
+    unknown = samples.unknown - change
+    away = -((FRACTIONS // 2 - unknown) // FRACTIONS)  # from the new mean, rounded
+    eighths = FRACTIONS * away - unknown + FRACTIONS // 2
+    scale_index = (samples.scale_index - fewer).clip(CHAINS.least, len(SCALES) - 1)
+    chained = samples.scale_index >= CHAINS.least
+    total = 0.0
+    for kind, at in enumerate((chained & (scale_index < CHAINS.large), chained & (scale_index >= CHAINS.large)), 1):
+        odd = away[at] & 1
+        for quantiser_of, part in ((odd, 0.5), (np.where(away[at] == 0, 1, odd), 0.5)):
+            symbols = away[at] + np.sign(away[at]) * quantiser_of >> 1
+            lengths = quantiser.lengths(symbols, scale_index[at], eighths[at], quantiser_of, kind)
+            total += part * float(lengths.sum(dtype=np.float64))
+    return total
 
 
 class Chosen(NamedTuple):
@@ -153,17 +249,24 @@ def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Iterato
     weight = (net.rounding_weight(code) * SPACING**2)[:, None, None].expand_as(y)
     with exact_arithmetic():
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
-        for step in range(schedule.steps(geometry)):
+        for step, place in enumerate(places(schedule, geometry)):
             predicted = predicted_integers(net.context.predict(state, step))
             shape = predicted.shift.shape
-            shift, eighths, scale_index = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
-            from_mean = (schedule.take(y, step) / SPACING - predicted.shift).flatten(1).cpu().numpy()
-            its_weight = schedule.take(weight, step).flatten(1).cpu().numpy()
-            symbols = net.dependent.choose(from_mean, scale_index, eighths, its_weight)
-            quantisers = _quantisers(net.dependent, symbols, scale_index)
-            yield Chosen(from_mean, shift, symbols, quantisers, scale_index, eighths)
-            integers = torch.from_numpy(shift + distance(symbols, quantisers % SMALL)).to(y)
-            state = net.context.observe(state, step, integers.view(shape))
+            its_y, its_weight = (schedule.take(t, step).flatten(1).cpu().numpy() for t in (y / SPACING, weight))
+            means, fractions, scales = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
+            chosen = Chosen(np.empty_like(its_y), *(np.empty_like(means) for _ in Chosen._fields[1:]))
+            integers = np.zeros_like(means)
+            pieces = net.dependent.pieces(place.grid, means, fractions, scales, integers)
+            for at, shift, eighths, scale_index, _ in pieces:
+                from_mean = (its_y[:, at] - shift).astype(np.float32)
+                symbols = net.dependent.choose(from_mean, scale_index, eighths, its_weight[:, at])
+                quantisers = _quantisers(net.dependent, symbols, scale_index)
+                of_piece = Chosen(from_mean, shift, symbols, quantisers, scale_index, eighths)
+                for target, values in zip(chosen, of_piece, strict=True):
+                    target[:, at] = values
+                integers[:, at] = shift + distance(symbols, quantisers % SMALL)
+            yield chosen
+            state = net.context.observe(state, step, torch.from_numpy(integers).to(y).view(shape))
 
 
 def _fitted(statistics: Statistics, trellis: np.ndarray = TRELLIS) -> Dependent:

@@ -27,6 +27,7 @@ from lic.model.codec import QUANTISERS, CodecModel, lambda_of
 from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.dependent import Chains, Dependent
 from lic.model.layers import space_to_depth
+from lic.model.neighbours import Neighbours
 from lic.model.transforms import lapped_basis
 from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
@@ -519,6 +520,8 @@ def _stored(dependent: Dependent | None) -> dict[str, Tensor]:
     assert dependent is not None
     arrays = {"offsets": dependent.offsets, "trellis": dependent.trellis} | dependent.tables.to_arrays()
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    if dependent.neighbours is not None:
+        tensors |= {f"neighbours.{name}": torch.tensor(array) for name, array in vars(dependent.neighbours).items()}
     return tensors | {"chains": torch.tensor([-1 if n is None else n for n in astuple(dependent.chains)])}
 
 
@@ -527,7 +530,10 @@ def _dependent(state: dict[str, Any]) -> Dependent:
     arrays = {name: tensor.numpy() for name, tensor in state["dependent"].items()}
     offsets, trellis, chains = (arrays.pop(name) for name in ("offsets", "trellis", "chains"))
     least, large, share = chains.tolist()
-    return Dependent(Tables.from_arrays(arrays), offsets, trellis, Chains(least, large, None if share < 0 else share))
+    theirs = {name: arrays.pop(name) for name in list(arrays) if name.startswith("neighbours.")}
+    neighbours = Neighbours(**{name.partition(".")[2]: array for name, array in theirs.items()}) if theirs else None
+    chains = Chains(least, large, None if share < 0 else share)
+    return Dependent(Tables.from_arrays(arrays), offsets, trellis, chains, neighbours)
 
 
 def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:

@@ -80,6 +80,9 @@ class Schedule(Protocol):
     def stream_of(self, step: int) -> int:
         """Index of the stream, 0-based, that holds the symbols of a step."""
 
+    def first_grid(self, geometry: Geometry) -> tuple[int, int] | None:
+        """Rows and columns of the positions of step 0, where these are a grid in the order (row, column)."""
+
     def take(self, y: Tensor, step: int) -> Tensor:
         """The latents of a step, (B, P, C)."""
 

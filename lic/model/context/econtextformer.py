@@ -74,6 +74,9 @@ class CheckerboardSchedule:
     def stream_of(self, step: int) -> int:
         return step
 
+    def first_grid(self, geometry: Geometry) -> None:
+        return None
+
     def take(self, y: Tensor, step: int) -> Tensor:
         segment, half = self.groups[step]
         return positions_of(y[..., self.channels[segment]], half).flatten(1, 2)

@@ -59,6 +59,9 @@ class GroupSchedule:
     def slice_of(self, step: int) -> int:
         return step // len(PHASES)
 
+    def first_grid(self, geometry: Geometry) -> tuple[int, int]:
+        return geometry.height // 2, geometry.width // 2
+
     def take(self, y: Tensor, step: int) -> Tensor:
         i, j = PHASES[step % len(PHASES)]
         return y[:, i::2, j::2, self.channels[self.slice_of(step)]].flatten(1, 2)

@@ -28,6 +28,9 @@ class AllAtOnce:
     def stream_of(self, step: int) -> int:
         return 0
 
+    def first_grid(self, geometry: Geometry) -> tuple[int, int]:
+        return geometry.height, geometry.width
+
     def take(self, y: Tensor, step: int) -> Tensor:
         return y.flatten(1, 2)
 

@@ -89,6 +89,9 @@ class LatticeSchedule:
     def stream_of(self, step: int) -> int:
         return step
 
+    def first_grid(self, geometry: Geometry) -> tuple[int, int]:
+        return geometry.height >> self.levels, geometry.width >> self.levels
+
     def channels_of(self, step: int) -> slice:
         slices = self.order[step].slices
         return slice(self.channels[slices[0]].start, self.channels[slices[-1]].stop)

@@ -65,6 +65,9 @@ class Wavefront:
     def stream_of(self, step: int) -> int:
         return self.streams[min(step // LAG, self.channels - 1)]
 
+    def first_grid(self, geometry: Geometry) -> None:
+        return None
+
     def span(self, step: int, height: int) -> tuple[int, int]:
         """The channels of a step: first, and last + 1."""
         return max(0, (step - height) // LAG + 1), min(step // LAG + 1, self.channels)
