@@ -30,11 +30,11 @@ from lic.errors import LicError, UnsupportedError
 from lic.model import store
 from lic.model.codec import CORRECTIONS, CodecModel
 from lic.model.config import CONFIGS
-from lic.model.dependent import SPACING
+from lic.model.dependent import SPACING, Forgetful
 from lic.train.chroma import soften_chroma
 from lic.train.cli import command
 from lic.train.data import Pictures, Pool, sample
-from lic.train.dependent import dequantised
+from lic.train.dependent import ToQuantise, chosen_steps, dequantised
 from lic.train.export import export
 from lic.train.latents import StoredLatents, store_latents
 from lic.train.patterns import draw_patterns
@@ -412,9 +412,49 @@ def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path
     assert restored.encoder is not None and restored.encoder.dependent is not None
     assert restored.encoder.dependent.chains == net.dependent.chains
     assert take_steps(restored, source, 2) == following
-    fresh = Trainer(replace(SETTINGS, part="tables"), CPU)
-    fresh.start_from(net.state_dict(), net.dependent)  # other parts know scalar quantisation alone
-    assert fresh.encoder is None and fresh.model.spacing == 1
+
+
+@pytest.mark.parametrize(("part", "quantiser"), [("transforms", "neighbours"), ("adapters", "chain")])
+def test_parts_for_an_entropy_model_that_quantises_dependently(
+    photos: Path, tmp_path: Path, part: str, quantiser: str
+) -> None:
+    net = store.load_file(store.read_info(DATA / "models" / f"tiny-{quantiser}.safetensors")).net
+    source = prepared(photos)
+    trainer = Trainer(replace(SETTINGS, part=part, learning_rate=1e-3, warm_up_steps=1), CPU)
+    trainer.start_from(net.state_dict(), net.dependent)
+    x, code = sample(source, 8, 64, trainer.generator, pattern_part=0)
+
+    def loss() -> tuple[float, float]:
+        """And bits of y."""
+        with torch.no_grad():
+            weighted, metrics = trainer.loss(x, code, False, True)
+        return float(weighted), float(metrics[1] - metrics[2])
+
+    # About as many bits as in the codec, where its tables count and not the Gaussians that they are made of.
+    coded = list(chosen_steps(net, *ToQuantise.of(net, x, code)))
+    assert net.dependent is not None
+    in_codec = sum(
+        net.dependent.code(Forgetful(), chosen.scale_index[b], chosen.eighths[b], chosen.symbols[b]).bits
+        for chosen in coded[1:]
+        for b in range(len(x))
+    )
+    before, bits = loss()
+    assert 0.5 < bits / (in_codec / x[..., 0].numel()) < 2
+    held = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    take_steps(trainer, source, 60 if part == "transforms" else 5)
+    assert loss()[0] < before or part == "adapters"
+    changed = {k.partition(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, held[k])}
+    assert {"g_a", "g_s"} <= changed and not changed & {"h_s", "context", "prior", "shortcut"}
+    trainer.save(tmp_path / "state.pt")
+    following = take_steps(trainer, source, 2)
+    restored = Trainer.restore(tmp_path / "state.pt", CPU)
+    assert take_steps(restored, source, 2) == following
+    averaged, _ = averaged_model(tmp_path / "state.pt")
+    assert averaged.dependent is not None and averaged.spacing == SPACING
+    neighbours = averaged.dependent.neighbours
+    assert (neighbours is None) == (quantiser == "chain")
+    if neighbours is not None and net.dependent.neighbours is not None:
+        assert np.array_equal(neighbours.weight, net.dependent.neighbours.weight)
 
 
 def test_encoded_batches_serve_several_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ IN_TRAINING, PULL = (0.51, 0.69), 1.0  # see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.64, 0.06  # see softly_rounded
 THRESHOLD_EXPONENT, MAX_THRESHOLD = -0.7, 0.95  # with a worth of its errors
 Share = tuple[float, float]
+# Of latents y (B, h, w, M), z, codes and worth: integers, and the dequantised latents.
+Choose = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
 
@@ -302,6 +304,7 @@ class CodecModel(nn.Module):
         worth: Tensor | None = None,
         correction: Share = IN_TRAINING,
         quantiser: str = "ste",
+        choose: Choose | None = None,
     ) -> Forward:
         """Training pass: context and synthesis get latents from the ``quantiser`` (:func:`quantised`).
 
@@ -315,26 +318,37 @@ class CodecModel(nn.Module):
         squared distance.
 
         With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are
-        rounded as the encoder does it (:meth:`rounded`, with ``worth``), likewise straight through.
+        rounded as the encoder does it (:meth:`rounded`, with ``worth``), likewise straight through. With ``choose``,
+        for a network with dependent quantisation, they are what that gives, and noise is as wide as what lies between
+        two values that a latent can have.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
         corrected = self.corrected(x, y, code, worth, correction)
         drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
-        y_hat = quantised(y, quantiser)
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))
-        if optimised_rounding:
+        dequantised = None
+        if choose is not None:
+            integers, dequantised = choose(y.detach(), torch.round(z).detach(), code, worth)
+            y_hat = integers + _gradient_only(y / self.spacing)
+        elif optimised_rounding:
             y_hat = self.rounded(y, z, code, worth) + _gradient_only(y)
+        else:
+            y_hat = quantised(y, quantiser)
         p = self.predict(round_ste(z), y_hat, code)
-        mean, scale = p.mean, p.scale
-        y_bits = gaussian_bits(y_hat.detach(), mean, scale)
+        mean, scale, reach = p.mean, p.scale, self.reach
+        y_bits = gaussian_bits(y_hat.detach(), mean, scale, reach)
         if not frozen_latents:
-            y_bits = y_bits + _gradient_only(gaussian_bits(_noisy(y), mean.detach(), scale.detach()))
-        offset = expected_offset(y_hat.detach(), mean.detach(), scale.detach(), self.centroids)
+            noisy = y / self.spacing + 2 * reach * (torch.rand_like(y) - 0.5)
+            y_bits = y_bits + _gradient_only(gaussian_bits(noisy, mean.detach(), scale.detach(), reach))
+        if dequantised is None:
+            decoded = y_hat + expected_offset(y_hat.detach(), mean.detach(), scale.detach(), self.centroids)
+        else:
+            decoded = dequantised + _gradient_only(y)
         y_bits = y_bits.sum(dim=(1, 2, 3)) + _gradient_only(PULL * drift)
-        return Forward(self.synthesis(y_hat + offset, code), y_bits, z_bits.sum(dim=(1, 2, 3)))
+        return Forward(self.synthesis(decoded, code), y_bits, z_bits.sum(dim=(1, 2, 3)))
 
 
 def lambda_of(code: Tensor) -> Tensor:

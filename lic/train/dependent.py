@@ -97,13 +97,19 @@ def dependently_quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -
 def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, shares: Sequence[Share]) -> Tensor:
     """What the decoder of a network with dependent quantisation gets for pixels x: latents (B, h, w, M) in quantiser
     steps. ``worth`` and ``shares`` as for :meth:`CodecModel.latents_to_quantise`."""
-    assert net.dependent is not None
     y = net.latents_to_quantise(x, code, worth, shares)
-    z = torch.round(net.hyper_analysis(y, code))
+    return quantised(net, y, torch.round(net.hyper_analysis(y, code)), code, worth)[1]
+
+
+@torch.no_grad()
+def quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Integers that a network with dependent quantisation chooses for latents y (B, h, w, M) in quantiser steps, given
+    integers z, and the dequantised latents. ``worth`` as for :meth:`CodecModel.rounded`."""
     weight = net.rounding_weight(code)[:, None, None].expand_as(y)
     with exact_arithmetic():
         its_weight = weight if worth is None else worth * weight
-        return quantised_in_steps(net, Geometry(*y.shape[:3]), z, code, y, its_weight).dequantised
+        found = quantised_in_steps(net, Geometry(*y.shape[:3]), z, code, y, its_weight)
+    return found.y, found.dequantised
 
 
 class ToQuantise(NamedTuple):

@@ -33,7 +33,7 @@ from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
 from lic.train.calibration import calibrate
 from lic.train.data import CHROMA_PART, PATTERN_PART, Pictures, sample
-from lic.train.dependent import dequantised
+from lic.train.dependent import dequantised, quantised
 from lic.train.latents import StoredLatents
 from lic.train.optimizers import make_optimizers
 
@@ -230,8 +230,8 @@ class Trainer:
     def start_from(self, weights: dict[str, Tensor], dependent: Dependent | None = None) -> None:
         """Continue from weights alone, for instance the shipped ones; the optimiser warms up anew.
 
-        ``dependent`` is their quantiser, with which the part synthesis gets its latents; others know scalar
-        quantisation only.
+        ``dependent`` is their quantiser, with which parts that leave the entropy model as it is quantise; others know
+        scalar quantisation only.
 
         With the part context or nonlocal a context model begins anew if the weights are those of another one, and
         non-local modules do if the weights have none, as do adapters with that part. Raises LicError if the weights
@@ -252,21 +252,27 @@ class Trainer:
         elif self.settings.part == "adapters":
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
         self.model.load_state_dict(weights)
-        if self.settings.part == "synthesis" and dependent is not None:
+        if self.settings.part not in WITH_ENTROPY_MODEL and dependent is not None:
             self._encode_with(weights, dependent)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
 
     def _encode_with(self, weights: dict[str, Tensor], dependent: Dependent) -> None:
-        """Train the synthesis on what these weights make of pixels, with dependent quantisation.
+        """Quantise dependently, with the entropy model of these weights.
 
-        Not on what the weights in training make of them: these correct latents by their synthesis, which then learns
-        from what itself has shifted, and drifts.
+        The synthesis alone is trained on what they make of pixels, not on what the weights in training make of them:
+        these correct latents by their synthesis, which then learns from what itself has shifted, and drifts. Other
+        parts quantise their own latents, whose rate holds them.
         """
         self.encoder = CodecModel(self.model.config).to(self.device).requires_grad_(False)
+        if self.settings.part == "adapters":
+            self.encoder.adapt(self.settings.rank)
         self.encoder.load_state_dict(weights)
         self.encoder.g_s.limit = self.model.g_s.limit
         self.encoder.quantise(dependent)
+        if self.settings.part != "synthesis":
+            self.encoder.log_gain = self.model.log_gain  # what the context model is told of, and what errors weigh
+            self.model.quantise(dependent)
 
     def run(
         self, source: Pictures | StoredLatents, minutes: float, state: Path, log: Callable[[dict[str, Any]], None]
@@ -376,7 +382,7 @@ class Trainer:
         """The loss of the part that is trained, of what :meth:`train_step` gives it."""
         if self.settings.part == "context":
             return self.rate_loss
-        return self.loss if self.encoder is None else self.error_loss
+        return self.loss if self.encoder is None or self.settings.part != "synthesis" else self.error_loss
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, distortion, 1)."""
@@ -390,6 +396,7 @@ class Trainer:
                 worth=worth,
                 correction=DISTORTIONS[self.settings.tune].in_training,
                 quantiser=self.settings.quantiser,
+                choose=None if self.encoder is None else self._choose,
             )
         return _weighted(out.y_bits, out.z_bits, self._distortion(out.x_hat, x), code, x.shape[1] * x.shape[2])
 
@@ -400,6 +407,13 @@ class Trainer:
         distortion = self._distortion(x_hat, x)
         nothing = torch.zeros_like(distortion)
         return _weighted(nothing, nothing, distortion, code, x.shape[1] * x.shape[2])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _choose(self, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Dependent quantisation with the entropy model, which stays as it is."""
+        assert self.encoder is not None
+        with torch.autocast(self.device.type, enabled=False):
+            return quantised(self.encoder, y, z, code, worth)
 
     @torch.no_grad()
     def _worth(self, x: Tensor) -> Tensor:
@@ -432,7 +446,7 @@ class Trainer:
         if isinstance(source, StoredLatents):
             crop = source.side
             inputs = source.batch(batch, self.generator)
-        elif self.encoder is not None:
+        elif self.encoder is not None and s.part == "synthesis":
             inputs = self._encoded(source, self.encoder, batch, crop)
         else:
             x, code = self._sample(source, batch, crop)
