@@ -536,7 +536,7 @@ def scales_and_means(answer: Activation, log2: Ints, index: Ints) -> tuple[Ints,
 
 
 def read_dependent(stream: Stream, tables: Tables, arrays: dict[str, np.ndarray], i: Ints, j: Ints) -> Ints:
-    """ŷ - m of the latents of a step, (N,) (5.12)."""
+    """ŷ - m of the latents of a step, or of a piece of the first one, (N,) (5.12)."""
     trellis, (least, u) = arrays["trellis"], arrays.get("chain", np.array([8, 17])).tolist()
     t = least
     if "chain" not in arrays:
@@ -604,7 +604,8 @@ def read_with_neighbours(stream: Stream, tables: Tables, arrays: dict[str, np.nd
                     if row is not None and column is not None:
                         total += 8 * int(y[row, column, c]) - int(e[row, column, c])
                 places.append((r, s, c))
-                means.append(e[r, s, c] + ((int(weight[k, n - 1]) * total + 128) // 256 if n else 0))
+                change = (int(weight[k, n - 1]) * total + 128) // 256 if n else 0
+                means.append(min(max(int(e[r, s, c]) + change, -(1 << 20)), 1 << 20))
                 scales.append(min(max(i[r, s, c] - narrower[k, n], 0), 63))
         if places:
             read(tuple(np.array(places).T), np.array(means), np.array(scales))  # type: ignore[arg-type]

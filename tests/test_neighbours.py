@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file
@@ -22,11 +23,13 @@ from lic.coder import SCALES
 from lic.errors import UnsupportedError
 from lic.model import store
 from lic.model.context import Geometry
-from lic.model.neighbours import Neighbours, levels_of, sum_around
+from lic.model.neighbours import MEAN_LIMIT, Neighbours, levels_of, sum_around
 from lic.model.store import LoadedModel
 from lic.pipeline.codec import decode_rgb, encode_rgb, encode_rgbs
 from lic.pipeline.tile import Latents, Writer, code_tiles
 from lic.train.dependent import LEVELS, ToQuantise, chosen_steps, fit_neighbours
+from lic.train.export import export
+from lic.train.trainer import Settings, Trainer
 
 SOURCE = TINY.with_stem("tiny-neighbours")
 grids = st.tuples(st.integers(1, 20), st.integers(1, 20))
@@ -129,13 +132,20 @@ def test_a_quarter_of_the_sum_is_their_mean() -> None:
         ([0, 1], (2, 4), (1, 5), "weights"),
         ([0, 0], (2, 4), (2, 5), "increase"),
         ([-1, 0], (2, 4), (2, 5), "increase"),
+        ([], (0, 4), (0, 5), "weights"),
+        ([1 << 15], (1, 4), (1, 5), "channels out of range"),
     ],
 )
 def test_neighbours_that_are_none(
     channels: list[int], weight: tuple[int, int], narrower: tuple[int, int], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        Neighbours(np.array(channels), np.zeros(weight, np.int64), np.zeros(narrower, np.int64))
+        Neighbours(np.array(channels, np.int64), np.zeros(weight, np.int64), np.zeros(narrower, np.int64))
+
+
+def test_weights_of_more_than_eight_bits_are_none() -> None:
+    with pytest.raises(ValueError, match="weight out of range"):
+        Neighbours(np.array([0]), np.full((1, 4), 128), np.zeros((1, 5), np.int64))
 
 
 # In the codec
@@ -150,13 +160,14 @@ def test_symbols_come_back(name: str, model: LoadedModel, tmp_path: Path, demo: 
     schedule = net.context.schedule
     width = schedule.take(torch.empty(1, 8, 8, net.config.latent), 0).shape[-1]
     assert model.net.dependent is not None
-    net.quantise(replace(model.net.dependent, neighbours=random_neighbours(random, 9, width)))
+    quantiser = replace(model.net.dependent, neighbours=random_neighbours(random, 9, width))
+    if schedule.first_grid(Geometry(1, 8, 8)) is None:
+        with pytest.raises(ValueError, match="first step"):
+            net.quantise(quantiser)
+        return
+    net.quantise(quantiser)
     path = tmp_path / "other.safetensors"
     store.write_model(path, net, {"provenance": {}}, store.read_info(tmp_path / TINY.name))
-    if schedule.first_grid(Geometry(1, 8, 8)) is None:
-        with pytest.raises(UnsupportedError, match="first step"):
-            store.load_file(store.read_info(path))
-        return
     loaded = store.load_file(store.read_info(path))
     pictures = [np.ascontiguousarray(demo[top : top + 130, 100:250]) for top in (0, 200)]
     encoded = [encode_rgb(loaded, pictures[0], 15_000), *encode_rgbs(loaded, pictures, [5_000, 40_000])]
@@ -199,9 +210,9 @@ def test_fitted_neighbours_save_bits(demo: np.ndarray) -> None:
         assert sizes[1] < 0.97 * sizes[0]
 
 
-def test_nothing_is_learnt_where_there_is_no_grid(model: LoadedModel, demo: np.ndarray) -> None:
+def test_nothing_is_learnt_where_there_is_no_grid(demo: np.ndarray) -> None:
     net = store.load_file(store.read_info(TINY.with_stem("tiny-econtextformer"))).net
-    net.quantise(model.net.dependent)
+    net.quantise(without_neighbours().net.dependent)
     x = torch.from_numpy(demo[:128, :128].copy()).float()[None] / 255 - 0.5
     with torch.no_grad():
         found = fit_neighbours(net, [ToQuantise.of(net, x, torch.tensor([20_000.0]))])
@@ -213,6 +224,50 @@ def test_a_preview_of_the_first_step(model: LoadedModel, demo: np.ndarray) -> No
     cut = replace(container, tiles=tuple(streams[:2] for streams in container.tiles))
     shown = [decode_rgb(model, its, preview=preview) for its, preview in ((container, 1), (cut, 1), (cut, "auto"))]
     assert all(its.groups == (1,) and np.array_equal(its.rgb, shown[0].rgb) for its in shown)
+
+
+def test_means_stay_within_their_limit() -> None:
+    """However far off the integers of damaged streams are."""
+    neighbours = Neighbours(np.array([0]), np.full((1, 10), 127), np.zeros((1, 11), np.int64))
+    mean, integers = np.full((1, 40 * 40), MEAN_LIMIT), np.zeros((1, 40 * 40), np.int64)
+    for piece in neighbours.pieces((40, 40), mean, mean, integers):
+        assert np.abs(piece.mean).max(initial=0) <= MEAN_LIMIT
+        integers[:, piece.at] = piece.shift + (1 << 22)
+
+
+@pytest.mark.parametrize("part", ["context", "transforms"])
+def test_only_a_first_step_that_stays_keeps_them(part: str, tmp_path: Path, demo: np.ndarray) -> None:
+    """In what is exported: a context model that was trained has another one."""
+    Image.fromarray(demo).save(tmp_path / "demo.png")
+    net = store.load_file(store.read_info(SOURCE)).net
+    net.config = replace(net.config, name="tiny")
+    store.write_model(tmp_path / "whole.safetensors", net, {"provenance": {}, "rate_range": None})
+    settings = Settings(model="tiny", part=part, steps=1, batch=2, crop=64, late_crop=64)
+    trainer = Trainer(settings, torch.device("cpu"))
+    trainer.start_from(net.state_dict(), net.dependent)
+    trainer.save(tmp_path / "state.pt")
+    export(
+        tmp_path / "state.pt",
+        tmp_path / "new.safetensors",
+        calibration=[tmp_path],
+        shared_from=tmp_path / "whole.safetensors",
+        name="new",
+        data="",
+        rate_range=None,
+    )
+    found = store.load_file(store.read_info(tmp_path / "new.safetensors")).net.dependent
+    assert found is not None and (found.neighbours is None) == (part == "context")
+    if part == "transforms":
+        with pytest.raises(ValueError, match="--shared-from"):
+            export(
+                tmp_path / "state.pt",
+                tmp_path / "other.safetensors",
+                calibration=[tmp_path],
+                shared_from=None,
+                name="other",
+                data="",
+                rate_range=None,
+            )
 
 
 # In weights files
@@ -235,7 +290,11 @@ def test_a_weights_file_keeps_them(model: LoadedModel, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "reason"),
     [
-        ("weight", None, "neighbours.weight"),
+        ("weight", None, "no known kind"),
+        ("channels", None, "no known kind"),
+        ("else", np.zeros((10, 4), np.int8), "no known kind"),
+        ("weight", np.zeros((10, 4), np.int16), "no known kind"),
+        ("channels", np.arange(10, dtype=np.int64), "no known kind"),
         ("channels", np.arange(10, dtype=np.float32), "no known kind"),
         ("channels", np.zeros((10, 1), np.int16), "no known kind"),
         ("channels", np.arange(7, 17, dtype=np.int16), "first step"),
@@ -248,7 +307,7 @@ def test_other_arrays_are_refused(tmp_path: Path, name: str, array: np.ndarray |
     with safe_open(SOURCE, "np") as file:
         information = json.loads(file.metadata()["lic"])
     arrays = load_arrays(SOURCE)
-    del arrays[f"neighbours.{name}"]
+    arrays.pop(f"neighbours.{name}", None)
     if array is not None:
         arrays[f"neighbours.{name}"] = array
     entropy, synthesis = store.identities(information["config"], information["grids"], load_arrays(TINY) | arrays)

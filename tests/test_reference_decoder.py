@@ -25,6 +25,8 @@ import lic
 from lic import conformance
 from lic.coder import Tables
 from lic.container import pack, parse
+from lic.model.context import Geometry
+from lic.model.neighbours import Neighbours
 from lic.model.store import LoadedModel, load, load_file, read_info, write_model
 from lic.pipeline.codec import SymbolChecks, latent_boxes
 from lic.pipeline.tile import Latents, Writer, code_tiles
@@ -197,28 +199,51 @@ def dependent_file(
     return packed(model, width, height, code, tile, streams, checks), written
 
 
-@pytest.mark.parametrize("quantiser", ["tiny-dependent", "tiny-chain"])
+@pytest.mark.parametrize("quantiser", ["tiny-dependent", "tiny-chain", "tiny-neighbours"])
 @pytest.mark.parametrize("name", ["tiny", *MODELS])
 def test_same_symbols_with_dependent_quantisation(tmp_path: Path, name: str, quantiser: str) -> None:
     """In a picture that gives most systems steps with medium and large latents, and in tiles."""
     (tmp_path / TINY.name).write_bytes(TINY.read_bytes())
     net = load_file(model_of(name).info).net
-    net.quantise(model_of(quantiser).net.dependent)
+    dependent = model_of(quantiser).net.dependent
+    if quantiser == "tiny-neighbours" and net.context.schedule.first_grid(Geometry(1, 4, 4)) is None:
+        return
+    net.quantise(dependent)
     path = tmp_path / "dependent.safetensors"
     write_model(path, net, {"provenance": {}}, shared_from=read_info(tmp_path / TINY.name))
     model = load_file(read_info(path))
     assert_same(model, *dependent_file(model, width=330, height=250, code=10_000, tile=0, seed=7))
     assert_same(model, *dependent_file(model, width=100, height=60, code=45_000, tile=64, seed=8))
+    assert_same(model, *dependent_file(model, width=1, height=1, code=25_000, tile=0, seed=9))
 
 
-def test_damage_to_dependent_quantisation_is_refused(files: dict[str, Path]) -> None:
-    container = parse(files["dependent-photo-q50.lic"].read_bytes())
+def test_same_symbols_where_all_channels_have_neighbours(tmp_path: Path) -> None:
+    """The last piece of the first step is empty then; with weights and scales at their limits."""
+    (tmp_path / TINY.name).write_bytes(TINY.read_bytes())
+    net = load_file(model_of("tiny").info).net
+    dependent = model_of("tiny-neighbours").net.dependent
+    assert dependent is not None
+    random = np.random.default_rng(1)
+    width = net.config.context["slices"][0]
+    weight, narrower = random.integers(-128, 128, (width, 6)), random.integers(-128, 128, (width, 7))
+    net.quantise(replace(dependent, neighbours=Neighbours(np.arange(width), weight, narrower)))
+    path = tmp_path / "neighbours.safetensors"
+    write_model(path, net, {"provenance": {}}, shared_from=read_info(tmp_path / TINY.name))
+    model = load_file(read_info(path))
+    for size in ((330, 250), (64, 64), (40, 140)):
+        assert_same(model, *dependent_file(model, *size, code=30_000, tile=0, seed=3))
+
+
+@pytest.mark.parametrize("name", ["dependent-photo-q50.lic", "neighbours-photo-q90.lic"])
+def test_damage_to_dependent_quantisation_is_refused(files: dict[str, Path], name: str) -> None:
+    container = parse(files[name].read_bytes())
+    weights = model_of(container.header.model).info.path
     (streams,) = container.tiles
     for i, stream in enumerate(streams):
         for damaged in (b"", stream[:-1], bytes([stream[0] ^ 64]) + stream[1:], stream + bytes(2)):
             tile = (*streams[:i], damaged, *streams[i + 1 :])
             with pytest.raises(reference.DamagedError):
-                reference.decode_symbols(pack(replace(container, tiles=(tile,))), DEPENDENT)
+                reference.decode_symbols(pack(replace(container, tiles=(tile,))), weights)
 
 
 class WrongParity(Writer):

@@ -414,7 +414,9 @@ def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path
     assert take_steps(restored, source, 2) == following
 
 
-@pytest.mark.parametrize(("part", "quantiser"), [("transforms", "neighbours"), ("adapters", "chain")])
+@pytest.mark.parametrize(
+    ("part", "quantiser"), [("transforms", "neighbours"), ("adapters", "chain"), ("gains", "chain")]
+)
 def test_parts_for_an_entropy_model_that_quantises_dependently(
     photos: Path, tmp_path: Path, part: str, quantiser: str
 ) -> None:
@@ -430,7 +432,8 @@ def test_parts_for_an_entropy_model_that_quantises_dependently(
             weighted, metrics = trainer.loss(x, code, False, True)
         return float(weighted), float(metrics[1] - metrics[2])
 
-    # About as many bits as in the codec, where its tables count and not the Gaussians that they are made of.
+    # About as many bits as in the codec, where its tables count and not the Gaussians that they are made of, and but
+    # for the first step, whose pieces are not told apart here.
     coded = list(chosen_steps(net, *ToQuantise.of(net, x, code)))
     assert net.dependent is not None
     in_codec = sum(
@@ -442,9 +445,11 @@ def test_parts_for_an_entropy_model_that_quantises_dependently(
     assert 0.5 < bits / (in_codec / x[..., 0].numel()) < 2
     held = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     take_steps(trainer, source, 60 if part == "transforms" else 5)
-    assert loss()[0] < before or part == "adapters"
+    if part == "transforms":  # the others take longer
+        assert loss()[0] < before
     changed = {k.partition(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, held[k])}
-    assert {"g_a", "g_s"} <= changed and not changed & {"h_s", "context", "prior", "shortcut"}
+    assert ({"log_gain", "log_igain"} if part == "gains" else {"g_a", "g_s"}) <= changed
+    assert not changed & {"h_s", "context", "prior", "shortcut"}
     trainer.save(tmp_path / "state.pt")
     following = take_steps(trainer, source, 2)
     restored = Trainer.restore(tmp_path / "state.pt", CPU)

@@ -14,7 +14,7 @@ from lic.coder import SCALES
 from lic.exact import MAX_BITS, Depthwise, Grid, Linear, QualityTable, freeze, interpolate, round_ste
 from lic.exact.tables import EXP2_INDEX_BITS
 from lic.model.config import Config
-from lic.model.context import Prediction, Unit, make_context
+from lic.model.context import Geometry, Prediction, Unit, make_context
 from lic.model.context.base import INDEX_BITS, LOG_SCALE_0, LOG_SCALE_STEP
 from lic.model.dependent import SPACING, SPACING_LOG2, Dependent
 from lic.model.hyperprior import HyperAnalysis, HyperPrior, HyperSynthesis
@@ -63,8 +63,8 @@ class CodecModel(nn.Module):
         self.log_igain = QualityTable(config.knots, config.latent)
         self.centroids = nn.Parameter(torch.zeros(len(SCALES), CENTROIDS))  # see expected_offset
         self.register_buffer("sigma", torch.ones(config.latent))  # of the shortcut's latents
-        self.unit_tables: tuple[Tensor, Tensor] | None = None  # those of a weights file; made anew in training
-        self.dependent: Dependent | None = None  # how its latents are quantised, if weights say so; not in training
+        self.unit_tables: tuple[Tensor, Tensor] | None = None  # those of a weights file; None in training
+        self.dependent: Dependent | None = None  # how its latents are quantised, if weights say so
         self.spacing = 1.0  # of the integers that are coded, in quantiser steps
 
     @property
@@ -161,7 +161,15 @@ class CodecModel(nn.Module):
         return 0.5 if self.dependent is None else 1.0
 
     def quantise(self, dependent: Dependent | None) -> None:
-        """With this quantiser from here on; None is scalar quantisation, each latent by itself."""
+        """With this quantiser from here on; None is scalar quantisation, each latent by itself.
+
+        Raises ValueError for neighbours that its first step has not.
+        """
+        if dependent is not None and dependent.neighbours is not None:
+            schedule = self.context.schedule
+            channels = schedule.take(torch.empty(1, 4, 4, self.config.latent), 0).shape[-1]
+            if schedule.first_grid(Geometry(1, 4, 4)) is None or dependent.neighbours.channels[-1] >= channels:
+                raise ValueError("neighbours of another first step")
         self.dependent, self.spacing = dependent, 1.0 if dependent is None else SPACING
         self.unit_tables = self.make_unit_tables()
 

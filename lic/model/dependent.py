@@ -8,7 +8,8 @@ before it in its chain, through a state of the trellis. The encoder looks for th
 (Viterbi). Where every latent by itself must choose between integers that are far apart, a path can pass near all of
 them: smaller errors at the same rate, up to 1.5 dB in theory, more of that the more states there are.
 
-The latents of a step are of three kinds, by the scale that is predicted for them:
+The latents of a step are one chain, but in the first step, which may be cut into pieces with a chain each
+(:mod:`lic.model.neighbours`). They are of three kinds, by the scale that is predicted for them:
 
 - small: nearly always 0. They are in no chain and have quantiser 0: their zeros would only let the chain forget.
 - medium: first in the chain, from small scales to large ones, so that those that are often 0 do not part the others.
@@ -29,12 +30,11 @@ import numpy.typing as npt
 from lic import coder
 from lic.coder import SCALES, Tables
 from lic.errors import CorruptError
-from lic.model.neighbours import Neighbours
+from lic.model.neighbours import FRACTIONS, Neighbours, Piece
 
 SPACING_LOG2 = -3400  # of the integers' distance in quantiser steps: 9/16, in 4096ths of an octave
 SPACING = 2.0 ** (SPACING_LOG2 / 4096)
 BLOCK, WINDOW = 512, 128  # latents that the search goes through at a time, and looks at each way to tie these up
-FRACTIONS = 8  # positions of the mean between two integers
 COARSE = 4  # of them that tables of large latents tell apart
 QUANTISERS = 2
 MAX_STATES = 256
@@ -45,7 +45,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class SymbolCoder(Protocol):
-    """What codes the symbols of a step, in this order; values are None for readers."""
+    """What codes the symbols of a piece of a step, in this order; values are None for readers."""
 
     def code_chain(self, rows: Ints, quantiser: Dependent, values: Ints | None) -> Ints:
         """Symbols (N,) of medium latents, with the rows of quantiser 0; those of quantiser 1 are the next ones."""
@@ -76,10 +76,10 @@ class Kinds(NamedTuple):
 
 @dataclass(frozen=True)
 class Chains:
-    """Which latents of a step are in its chain, and which rows of the tables they have.
+    """Which latents of a piece of a step are in its chain, and which rows of the tables they have.
 
-    least, large: scale indices from which latents are medium and large. share: None, or at most one latent of a step in
-    so many is medium, those of the largest scales, in their order in the step (weights of before 2026-11-30).
+    least, large: scale indices from which latents are medium and large. share: None, or at most one latent of a piece
+    in so many is medium, those of the largest scales, in their order there (weights of before 2026-11-30).
     """
 
     least: int
@@ -133,19 +133,6 @@ class Chains:
 FIRST_CHAINS = Chains(8, 17, share=6)  # of weights that do not say
 
 
-class Piece(NamedTuple):
-    """Latents of a step that are coded together, and whether they are its last ones.
-
-    at: their places in the step, n of them. shift, eighths, scale_index: what they are predicted to be, (B, n).
-    """
-
-    at: Ints | slice
-    shift: Ints
-    eighths: Ints
-    scale_index: Ints
-    is_last: bool
-
-
 class Coded(NamedTuple):
     """The latents of a piece (N,): distances from their rounded means, and offsets; the bits of writers."""
 
@@ -191,31 +178,21 @@ class Dependent:
         if self.tables.skipped[medium].any() or self.tables.raw_bits[medium].any():
             raise ValueError("a table of chained latents skips symbols or has raw bits")
 
-    def pieces(
-        self, grid: tuple[int, int] | None, shift: Ints, eighths: Ints, scale_index: Ints, integers: Ints
-    ) -> Iterator[Piece]:
-        """The latents of a step, all together unless they learn from each other.
+    def pieces(self, grid: tuple[int, int] | None, mean: Ints, scale_index: Ints, integers: Ints) -> Iterator[Piece]:
+        """The latents of a step, all together unless they learn from each other; as :meth:`Neighbours.pieces`.
 
-        Args:
-            grid: of :meth:`Neighbours.pieces`, None but for the first step.
-            shift, eighths, scale_index: as predicted, (B, N).
-            integers: (B, N); those of a piece must be there when the next one is asked for.
+        ``grid`` is None but for the first step.
         """
         if grid is None or self.neighbours is None:
-            yield Piece(slice(None), shift, eighths, scale_index, True)
-            return
-        half = FRACTIONS // 2
-        for at, mean, its_scale_index, is_last in self.neighbours.pieces(
-            grid, FRACTIONS * shift + eighths - half, scale_index, integers
-        ):
-            its_shift = (mean + half) // FRACTIONS
-            yield Piece(at, its_shift, mean + half - FRACTIONS * its_shift, its_scale_index, is_last)
+            yield Piece(slice(None), mean, scale_index, True)
+        else:
+            yield from self.neighbours.pieces(grid, mean, scale_index, integers)
 
     def choose(self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats) -> Ints:
         """Symbols of nearly the least bits + weight·error², (N,), or (B, N) of a batch of tiles, which is faster.
 
         Args:
-            y: the latents of a step, in integers from the rounded mean.
+            y: the latents of a piece of a step, in integers from the rounded mean.
             scale_index: of the prediction of each; eighths: of its mean's fraction plus 4, 0..7.
             weight: bits that a squared error of one integer is worth.
         """
@@ -250,7 +227,7 @@ class Dependent:
         return np.array(states, np.int64) % QUANTISERS, state
 
     def symbols_of(self, distances: Ints, scale_index: Ints) -> Ints:
-        """Symbols of the latents of a step (N,); of distances that those before do not allow, those next to them."""
+        """Symbols of the latents of a piece (N,); of distances that those before do not allow, those next to them."""
         small, medium, large = self.chains.kinds(scale_index)
         symbols = np.empty_like(distances)
         symbols[small] = distances[small] >> 1

@@ -18,8 +18,12 @@ import numpy.typing as npt
 
 from lic.coder import SCALES
 
+FRACTIONS = 8  # positions of a mean between two integers: means count in eighths
+MEAN_LIMIT = FRACTIONS << 17  # of means in eighths, as of those that context models predict
 WEIGHT_BITS = 8  # weights count in 256ths
 MAX_LEVELS = 11  # a coarsest grid of every 32nd position
+
+TYPES = {"channels": np.dtype(np.int16), "weight": np.dtype(np.int8), "narrower": np.dtype(np.int8)}  # in weights files
 
 Ints = npt.NDArray[np.int64]
 
@@ -33,15 +37,25 @@ class Level(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Latents of a step that are coded together, and whether they are its last ones.
+    """Latents of a step that are coded together, in an order of their own, and whether they are its last ones.
 
-    at: their places in the step, (n,); mean, in eighths, and scale_index: as predicted, (B, n).
+    at: their places in the step, n of them; mean, in eighths, and scale_index: as predicted, (B, n).
     """
 
-    at: Ints
+    at: Ints | slice
     mean: Ints
     scale_index: Ints
     is_last: bool
+
+    @property
+    def shift(self) -> Ints:
+        """The mean, rounded."""
+        return (self.mean + FRACTIONS // 2) // FRACTIONS
+
+    @property
+    def eighths(self) -> Ints:
+        """Of the mean's fraction plus 4, 0..7."""
+        return (self.mean + FRACTIONS // 2) % FRACTIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +63,8 @@ class Neighbours:
     """What the first step of a model learns from neighbours.
 
     channels: (K,), increasing. weight: (K, levels - 1), of the sum of four neighbours, in 256ths, for all levels but
-    the coarsest. narrower: (K, levels), how many scale indices less its latents have. ValueError if they are not so.
+    the coarsest. narrower: (K, levels), how many scale indices less its latents have. ValueError if they are not so, or
+    beyond 16 bits (channels) and 8 bits.
     """
 
     channels: Ints
@@ -60,10 +75,13 @@ class Neighbours:
         count, levels = len(self.channels), self.narrower.shape[-1]
         if levels % 2 == 0 or not 1 < levels <= MAX_LEVELS:
             raise ValueError(f"{levels} levels of neighbours")
-        if self.weight.shape != (count, levels - 1) or self.narrower.shape != (count, levels):
+        if not count or self.weight.shape != (count, levels - 1) or self.narrower.shape != (count, levels):
             raise ValueError("weights of other neighbours")
         if np.any(np.diff(self.channels, prepend=-1) <= 0):
             raise ValueError("channels of neighbours that do not increase")
+        for name, array in vars(self).items():
+            if np.any(array != array.astype(TYPES[name])):
+                raise ValueError(f"neighbours: {name} out of range")
 
     def pieces(self, grid: tuple[int, int], mean: Ints, scale_index: Ints, integers: Ints) -> Iterator[Piece]:
         """The latents of a step in pieces to be coded one after another, those of each level and then all others.
@@ -76,21 +94,23 @@ class Neighbours:
         """
         rows, columns = grid
         width = mean.shape[1] // (rows * columns)
-        rest = np.ones((rows * columns, width), bool)
-        rest[:, self.channels] = False
+        expected = mean.reshape(len(mean), rows, columns, width)[..., self.channels]
         for number, (positions, distance, is_diagonal) in enumerate(levels_of(grid, self.narrower.shape[1])):
             if not len(positions):
                 continue
             at = (positions[:, None] * width + self.channels).ravel()
             its_mean = mean[:, at]
             if number:
-                unknown = (8 * integers - mean).reshape(len(mean), rows, columns, width)[..., self.channels]
-                total = sum_around(unknown, distance, is_diagonal).reshape(len(mean), rows * columns, -1)
-                change = self.weight[:, number - 1] * total[:, positions] + (1 << WEIGHT_BITS - 1) >> WEIGHT_BITS
-                its_mean = its_mean + change.reshape(its_mean.shape)
+                known = integers.reshape(len(mean), rows, columns, width)[..., self.channels]
+                total = sum_around(FRACTIONS * known - expected, distance, is_diagonal)
+                change = self.weight[:, number - 1] * total.reshape(len(mean), rows * columns, -1)[:, positions]
+                change = change + (1 << WEIGHT_BITS - 1) >> WEIGHT_BITS
+                its_mean = (its_mean + change.reshape(its_mean.shape)).clip(-MEAN_LIMIT, MEAN_LIMIT)
             narrower = np.tile(self.narrower[:, number], len(positions))
             yield Piece(at, its_mean, (scale_index[:, at] - narrower).clip(0, len(SCALES) - 1), False)
-        others = np.flatnonzero(rest)
+        is_other = np.ones((rows * columns, width), bool)
+        is_other[:, self.channels] = False
+        others = np.flatnonzero(is_other)
         yield Piece(others, mean[:, others], scale_index[:, others], True)
 
 

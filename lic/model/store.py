@@ -6,9 +6,9 @@ scale; 16-bit floats for whatever else the networks have, for the centroids and 
 integers with a power of two for each of its other rows, 32-bit floats for gains and priors, and the integer tables.
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
-on: configuration, units of the activations, the arrays of h_s and of the context model, the tables and the trellis. The
-*synthesis identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut, the gains, the centroids and the
-offsets.
+on: configuration, units of the activations, the arrays of h_s and of the context model, the tables, trellis, chain and
+neighbours. The *synthesis identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut, the gains, the
+centroids and the offsets.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lic.container import Header
 from lic.errors import LicError, UnsupportedError
 from lic.model.config import Config
 from lic.model.dependent import FIRST_CHAINS, Chains, Dependent
-from lic.model.neighbours import Neighbours
+from lic.model.neighbours import TYPES, Neighbours
 from lic.quality import Tune
 
 if TYPE_CHECKING:
@@ -188,13 +188,16 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
         if identities(info.config, info.grids, arrays) != (info.entropy_id, info.synthesis_id):
             raise ValueError("its contents do not match its identity")
         dependent = None
+        neighbours = _neighbours(arrays)
+        if OFFSETS not in arrays and neighbours is not None:
+            raise ValueError("neighbours without dependent quantisation")
         if OFFSETS in arrays:
             if TRELLIS not in arrays:
                 raise ValueError("dependent quantisation without a trellis, as on 2026-11-29 alone")
             trellis = arrays[TRELLIS].astype(np.int64)
             chains = _chains(arrays[CHAIN]) if CHAIN in arrays else FIRST_CHAINS
             offsets = arrays[OFFSETS].astype(np.float32)
-            dependent = Dependent(tables["y"], offsets, trellis, chains, _neighbours(arrays))
+            dependent = Dependent(tables["y"], offsets, trellis, chains, neighbours)
         net = _network(info, arrays, dependent, device)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -208,14 +211,8 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependen
 
     from lic import exact
     from lic.model.codec import CodecModel
-    from lic.model.context import Geometry
 
     net = CodecModel(Config.from_json(info.config))
-    if dependent is not None and dependent.neighbours is not None:
-        schedule, first = net.context.schedule, dependent.neighbours.channels[-1:]
-        of_step = schedule.take(torch.empty(1, 4, 4, net.config.latent), 0).shape[-1]
-        if schedule.first_grid(Geometry(1, 4, 4)) is None or np.any(first >= of_step):
-            raise ValueError("neighbours of another first step")
     net.quantise(dependent)
     net.g_s.limit = float(arrays[LIMIT][0]) if LIMIT in arrays else math.inf
     if ADAPTED in arrays:
@@ -265,12 +262,14 @@ def _chains(array: np.ndarray) -> Chains:
 
 def _neighbours(arrays: dict[str, np.ndarray]) -> Neighbours | None:
     """Raises ValueError if the arrays say nothing of neighbours."""
-    if NEIGHBOURS + "channels" not in arrays:
+    found = {name.removeprefix(NEIGHBOURS): a for name, a in arrays.items() if name.startswith(NEIGHBOURS)}
+    if not found:
         return None
-    found = [arrays[NEIGHBOURS + name] for name in ("channels", "weight", "narrower")]
-    if found[0].ndim != 1 or any(a.ndim != 2 for a in found[1:]) or any(a.dtype.kind not in "iu" for a in found):
+    if found.keys() != TYPES.keys() or any(
+        array.dtype != TYPES[name] or array.ndim != (1 if name == "channels" else 2) for name, array in found.items()
+    ):
         raise ValueError("neighbours of no known kind")
-    return Neighbours(*(array.astype(np.int64) for array in found))
+    return Neighbours(**{name: array.astype(np.int64) for name, array in found.items()})
 
 
 def without_dependence(model: LoadedModel) -> LoadedModel:
@@ -351,9 +350,7 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
         if net.dependent.chains != FIRST_CHAINS:
             arrays[CHAIN] = np.array([net.dependent.chains.least, net.dependent.chains.large], np.uint8)
         if (neighbours := net.dependent.neighbours) is not None:
-            arrays[NEIGHBOURS + "channels"] = neighbours.channels.astype(np.int16)
-            arrays[NEIGHBOURS + "weight"] = neighbours.weight.astype(np.int8)
-            arrays[NEIGHBOURS + "narrower"] = neighbours.narrower.astype(np.int8)
+            arrays |= {NEIGHBOURS + name: array.astype(TYPES[name]) for name, array in vars(neighbours).items()}
     if not arrays[CENTROIDS].any():
         del arrays[CENTROIDS]
     if math.isfinite(net.g_s.limit):

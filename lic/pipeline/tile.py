@@ -44,7 +44,7 @@ class SymbolCoder(Protocol):
         """
 
     def code_chain(self, stream: int, rows: np.ndarray, quantiser: Dependent, values: np.ndarray | None) -> np.ndarray:
-        """The next values of a stream, in the chain of a step of dependent quantisation; it goes on behind them.
+        """The next values of a stream, a chain of dependent quantisation; the stream goes on behind them.
 
         rows: those of quantiser 0; those of quantiser 1 follow each.
         """
@@ -297,20 +297,21 @@ def _dependent(
     weight = None
     if known is not None and known.weight is not None:
         weight = known.weight.flatten(1).cpu().numpy() * np.float32(SPACING**2)
-    integers, offsets = np.zeros_like(shift), np.zeros(shift.shape, np.float32)
-    bits = np.zeros(len(shift))
-    for piece in quantiser.pieces(place.grid, shift, eighths, scale_index, integers):
-        at = piece.at
+    mean = FRACTIONS * shift + eighths - FRACTIONS // 2
+    integers, offsets = np.zeros_like(mean), np.zeros(mean.shape, np.float32)
+    bits = np.zeros(len(mean))
+    for piece in quantiser.pieces(place.grid, mean, scale_index, integers):
+        at, shift, eighths = piece.at, piece.shift, piece.eighths
         its_symbols: Sequence[dependent.Ints | None] = [None] * len(symbols)
         if y is not None and weight is None:
-            distances = y[:, at].astype(np.int64) - piece.shift
+            distances = y[:, at].astype(np.int64) - shift
             its_symbols = [quantiser.symbols_of(*its) for its in zip(distances, piece.scale_index, strict=True)]
         elif y is not None and weight is not None:
-            from_mean = (y[:, at] / np.float32(SPACING) - piece.shift).astype(np.float32)
-            its_symbols = list(quantiser.choose(from_mean, piece.scale_index, piece.eighths, weight[:, at]))
+            from_mean = (y[:, at] / np.float32(SPACING) - shift).astype(np.float32)
+            its_symbols = list(quantiser.choose(from_mean, piece.scale_index, eighths, weight[:, at]))
         for b, (its_coder, given) in enumerate(zip(symbols, its_symbols, strict=True)):
-            coded = quantiser.code(its_coder, piece.scale_index[b], piece.eighths[b], given, last=piece.is_last)
-            integers[b, at], offsets[b, at] = piece.shift[b] + coded.distances, coded.offsets
+            coded = quantiser.code(its_coder, piece.scale_index[b], eighths[b], given, last=piece.is_last)
+            integers[b, at], offsets[b, at] = shift[b] + coded.distances, coded.offsets
             bits[b] += coded.bits
     of_step, offset, total = (torch.from_numpy(values).float().to(device) for values in (integers, offsets, bits))
     of_step = of_step.view(shape)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +20,6 @@ from lic.model.codec import CodecModel, Share
 from lic.model.context import Geometry
 from lic.model.dependent import (
     COARSE,
-    FRACTIONS,
     OFFSETS,
     QUANTISERS,
     SPACING,
@@ -27,7 +27,7 @@ from lic.model.dependent import (
     Dependent,
     distance,
 )
-from lic.model.neighbours import WEIGHT_BITS, Neighbours, levels_of, sum_around
+from lic.model.neighbours import FRACTIONS, WEIGHT_BITS, Neighbours, levels_of, sum_around
 from lic.pipeline.tile import places, predicted_integers, quantised_in_steps
 
 LIMIT = 48  # symbols counted, in magnitude
@@ -53,6 +53,7 @@ def trellis_of(h0: int, h1: int) -> np.ndarray:
 
 
 LEVELS = 5  # of grids of neighbours
+NARROWER = range(-4, 13)  # scale indices that neighbours may take away
 LEAST_SHARE = 0.03  # of its bits that a channel of the first step must save by neighbours
 
 TRELLIS = trellis_of(0o515, 0o362)
@@ -120,8 +121,9 @@ class ToQuantise(NamedTuple):
     code: Tensor
 
     @classmethod
+    @torch.no_grad()
     def of(cls, net: CodecModel, x: Tensor, code: Tensor) -> ToQuantise:
-        """Of pixels (B, 3, H, W)."""
+        """Of pixels (B, H, W, 3) in [-0.5, 0.5]. Without gradients."""
         y = net.latents_to_quantise(x, code)
         return cls(y, torch.round(net.hyper_analysis(y, code)), code)
 
@@ -160,7 +162,8 @@ def fit_neighbours(net: CodecModel, latents: Iterable[ToQuantise]) -> Dependent:
         grid = net.context.schedule.first_grid(Geometry(*y.shape[:3]))
         if grid is None:
             return plain
-        chosen = next(chosen_steps(net, y, z, code))
+        with closing(chosen_steps(net, y, z, code)) as steps:
+            chosen = next(steps)
         integers = distance(chosen.symbols, chosen.quantisers % SMALL)
         unknown = FRACTIONS * integers - (chosen.eighths - FRACTIONS // 2)
         by_position = (len(y), grid[0] * grid[1], -1)
@@ -175,7 +178,7 @@ def fit_neighbours(net: CodecModel, latents: Iterable[ToQuantise]) -> Dependent:
     channels, weights, narrower = [], [], []
     for channel in range(of_levels[0].unknown.shape[1]):
         of_channel = [_Samples(*(values[:, channel] for values in level)) for level in of_levels]
-        found = [_least_bits(plain, its, has_neighbours=bool(n)) for n, its in enumerate(of_channel)]
+        found = [_least_bits(plain, its, has_neighbours=n > 0) for n, its in enumerate(of_channel)]
         before = sum(_bits(plain, its, 0, 0) for its in of_channel)
         if sum(bits for bits, _, _ in found) < (1 - LEAST_SHARE) * before:
             channels.append(channel)
@@ -199,26 +202,27 @@ class _Samples(NamedTuple):
 
 def _least_bits(quantiser: Dependent, samples: _Samples, has_neighbours: bool) -> tuple[float, int, int]:
     """Bits of the latents of a level and channel, and the weight of neighbours and the fewer scale indices for that."""
-    weight = 0
+    weight, least = 0, quantiser.chains.least
     if has_neighbours:
-        worth = 1 / np.maximum(SCALES[samples.scale_index], SCALES[CHAINS.least]) ** 2
-        worth[samples.scale_index < CHAINS.least] = 0
+        worth = np.where(samples.scale_index < least, 0, SCALES[samples.scale_index].clip(SCALES[least]) ** -2.0)
         square = float(worth @ samples.around.astype(float) ** 2)
         product = float(worth @ (samples.around * samples.unknown).astype(float))
-        weight = int(np.clip(np.rint(2**WEIGHT_BITS * product / max(square, 1.0)), 0, 127))
-    return min((_bits(quantiser, samples, weight, fewer), weight, fewer) for fewer in range(-4, 13))
+        weight = int(np.clip(np.rint(2**WEIGHT_BITS * product / max(square, 1.0)), 0, np.iinfo(np.int8).max))
+    found = [(_bits(quantiser, samples, weight, fewer), weight, fewer) for fewer in NARROWER]
+    return min(found, key=lambda its: (its[0], abs(its[2])))
 
 
 def _bits(quantiser: Dependent, samples: _Samples, weight: int, fewer: int) -> float:
-    """Of the integers that are there, by the tables of medium and large latents."""
+    """Of the integers that are there, by the tables of medium and large latents, those of small ones left out."""
+    chains = quantiser.chains
     change = weight * samples.around + (1 << WEIGHT_BITS - 1) >> WEIGHT_BITS
     unknown = samples.unknown - change
     away = -((FRACTIONS // 2 - unknown) // FRACTIONS)  # from the new mean, rounded
     eighths = FRACTIONS * away - unknown + FRACTIONS // 2
-    scale_index = (samples.scale_index - fewer).clip(CHAINS.least, len(SCALES) - 1)
-    chained = samples.scale_index >= CHAINS.least
+    scale_index = (samples.scale_index - fewer).clip(chains.least, len(SCALES) - 1)
+    chained = samples.scale_index >= chains.least
     total = 0.0
-    for kind, at in enumerate((chained & (scale_index < CHAINS.large), chained & (scale_index >= CHAINS.large)), 1):
+    for kind, at in enumerate((chained & (scale_index < chains.large), chained & (scale_index >= chains.large)), 1):
         odd = away[at] & 1
         for quantiser_of, part in ((odd, 0.5), (np.where(away[at] == 0, 1, odd), 0.5)):
             symbols = away[at] + np.sign(away[at]) * quantiser_of >> 1
@@ -248,7 +252,7 @@ def _quantisers(quantiser: Dependent, symbols: np.ndarray, scale_index: np.ndarr
 
 
 @torch.no_grad()
-def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Iterator[Chosen]:
+def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Generator[Chosen, None, None]:
     """Dependent quantisation of latents y (B, h, w, M) in quantiser steps, step by step with the context of its own."""
     assert net.dependent is not None
     geometry, schedule = Geometry(*y.shape[:3]), net.context.schedule
@@ -262,12 +266,13 @@ def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Iterato
             means, fractions, scales = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
             chosen = Chosen(np.empty_like(its_y), *(np.empty_like(means) for _ in Chosen._fields[1:]))
             integers = np.zeros_like(means)
-            pieces = net.dependent.pieces(place.grid, means, fractions, scales, integers)
-            for at, shift, eighths, scale_index, _ in pieces:
+            means = FRACTIONS * means + fractions - FRACTIONS // 2
+            for piece in net.dependent.pieces(place.grid, means, scales, integers):
+                at, shift, eighths = piece.at, piece.shift, piece.eighths
                 from_mean = (its_y[:, at] - shift).astype(np.float32)
-                symbols = net.dependent.choose(from_mean, scale_index, eighths, its_weight[:, at])
-                quantisers = _quantisers(net.dependent, symbols, scale_index)
-                of_piece = Chosen(from_mean, shift, symbols, quantisers, scale_index, eighths)
+                symbols = net.dependent.choose(from_mean, piece.scale_index, eighths, its_weight[:, at])
+                quantisers = _quantisers(net.dependent, symbols, piece.scale_index)
+                of_piece = Chosen(from_mean, shift, symbols, quantisers, piece.scale_index, eighths)
                 for target, values in zip(chosen, of_piece, strict=True):
                     target[:, at] = values
                 integers[:, at] = shift + distance(symbols, quantisers % SMALL)

@@ -33,11 +33,14 @@ def export(
     what that part changed and shares the rest with that one; if that is the target itself, it gets what the part
     changed. ``data`` says what the state was trained on.
 
-    Raises ValueError if a certificate fails or nothing can be shared, LicError if there are no pictures that fit,
-    UnsupportedError for damaged weights.
+    Raises ValueError if a certificate fails, nothing can be shared or a quantiser would be lost, LicError if there are
+    no pictures that fit, UnsupportedError for damaged weights.
     """
     net, book = averaged_model(state)
     part = book["settings"]["part"]
+    if net.dependent is not None and shared_from is None:
+        raise ValueError("weights with dependent quantisation of which a part was trained: give --shared-from")
+    net.quantise(None)
     net.requires_grad_(False)
     if name is not None:
         net.config = replace(net.config, name=name)
@@ -50,6 +53,8 @@ def export(
         if part == "nonlocal" or theirs.h_s.non_local is None:
             theirs.h_s.non_local = net.h_s.non_local
         net.h_s, dependent = theirs.h_s, theirs.dependent
+        if part in WITH_ENTROPY_MODEL and dependent is not None:
+            dependent = replace(dependent, neighbours=None)  # its first step is another one
         if not is_trained(part, "g_s.last.bias"):
             net.g_s.limit = theirs.g_s.limit
         if part not in WITH_ENTROPY_MODEL:
@@ -62,7 +67,7 @@ def export(
             calibrate(net, pictures)
         finally:
             pictures.close()
-    net.quantise(dependent)  # which calibration does not know of, nor training but of the synthesis
+    net.quantise(dependent)  # which calibration does not know of
     net.freeze()
     net.unit_tables = units or net.unit_tables
     provenance: dict[str, Any] = {

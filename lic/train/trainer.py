@@ -28,6 +28,7 @@ from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.dependent import Chains, Dependent
 from lic.model.layers import space_to_depth
 from lic.model.neighbours import Neighbours
+from lic.model.store import NEIGHBOURS
 from lic.model.transforms import lapped_basis
 from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
@@ -105,9 +106,9 @@ class Settings:
 
 
 class Phase(NamedTuple):
-    """Of a run: crops in a batch and their side, whether y carries no gradient, whether it is rounded for rate.
+    """Of a run: crops in a batch and their side, whether y carries no gradient, whether it is quantised for rate.
 
-    Latents of a trained analysis are rounded for rate only if the entropy model, which decides, is finished.
+    Latents of a trained analysis are quantised for rate only if the entropy model, which decides, is finished.
     """
 
     batch: int
@@ -137,7 +138,7 @@ class Trainer:
         if settings.quantiser not in QUANTISERS:
             raise LicError(f"the quantiser must be one of {', '.join(QUANTISERS)}, not {settings.quantiser!r}")
         if settings.quantiser != QUANTISERS[0] and settings.part not in WITH_ENTROPY_MODEL:
-            raise LicError(f"the part {settings.part} has its latents rounded for rate, not by {settings.quantiser!r}")
+            raise LicError(f"the part {settings.part} quantises as the encoder does, not by {settings.quantiser!r}")
         if settings.precision not in PRECISIONS:
             raise LicError(f"the precision must be one of {', '.join(PRECISIONS)}, not {settings.precision!r}")
         if min(settings.batch, settings.late_batch) < 2:
@@ -158,7 +159,7 @@ class Trainer:
         # No cache of casts: that of a pass without gradients would serve the next one, in PyTorch before 2.10.
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
         self.latents: Callable[..., tuple[Tensor, Tensor]] = self.model.latents
-        self.encoder: CodecModel | None = None  # that of dependently quantised latents
+        self.encoder: CodecModel | None = None  # that of the latents that a synthesis alone is trained on
         self.encoded: dict[int, tuple[Tensor, ...]] = {}  # what it made of the last batches, with pixels and codes
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step, self.seconds, self.pixels = 0, 0.0, 0
@@ -192,7 +193,7 @@ class Trainer:
             "grids": self.model.grid_bits() if self.model.exact else None,
             "encoder": None if self.encoder is None else self.encoder.state_dict(),
             "encoded": self.encoded,
-            "dependent": None if self.encoder is None else _stored(self.encoder.dependent),
+            "dependent": _stored((self.encoder or self.model).dependent),
         }
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -207,8 +208,8 @@ class Trainer:
         state = _read_state(path)
         trainer = cls(Settings(**state["settings"]), device, Config.from_json(state["config"]))
         trainer.model.load_state_dict(state["model"])
-        if state["encoder"] is not None:
-            trainer._encode_with(state["encoder"], _dependent(state))
+        if (dependent := _dependent(state)) is not None:
+            trainer._quantise(state["encoder"], dependent)
             if trainer.rank == 0:  # whose batches they are
                 trainer.encoded = {k: tuple(t.to(device) for t in v) for k, v in state["encoded"].items()}
         trainer.average = {k: v.to(device) for k, v in state["average"].items()}
@@ -253,26 +254,27 @@ class Trainer:
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
         self.model.load_state_dict(weights)
         if self.settings.part not in WITH_ENTROPY_MODEL and dependent is not None:
-            self._encode_with(weights, dependent)
+            if self.settings.exact_part:
+                raise LicError("integers in the loop (--exact-part) are for parts that change the entropy model")
+            self._quantise(weights, dependent)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.fresh = False
 
-    def _encode_with(self, weights: dict[str, Tensor], dependent: Dependent) -> None:
-        """Quantise dependently, with the entropy model of these weights.
+    def _quantise(self, weights: dict[str, Tensor], dependent: Dependent) -> None:
+        """Train on dependent quantisation, with the entropy model of these weights.
 
         The synthesis alone is trained on what they make of pixels, not on what the weights in training make of them:
         these correct latents by their synthesis, which then learns from what itself has shifted, and drifts. Other
         parts quantise their own latents, whose rate holds them.
         """
+        if self.settings.part != "synthesis":
+            self.model.quantise(dependent)
+            self.model.unit_tables = None  # of the gains as they are, not as they were
+            return
         self.encoder = CodecModel(self.model.config).to(self.device).requires_grad_(False)
-        if self.settings.part == "adapters":
-            self.encoder.adapt(self.settings.rank)
         self.encoder.load_state_dict(weights)
         self.encoder.g_s.limit = self.model.g_s.limit
         self.encoder.quantise(dependent)
-        if self.settings.part != "synthesis":
-            self.encoder.log_gain = self.model.log_gain  # what the context model is told of, and what errors weigh
-            self.model.quantise(dependent)
 
     def run(
         self, source: Pictures | StoredLatents, minutes: float, state: Path, log: Callable[[dict[str, Any]], None]
@@ -382,7 +384,7 @@ class Trainer:
         """The loss of the part that is trained, of what :meth:`train_step` gives it."""
         if self.settings.part == "context":
             return self.rate_loss
-        return self.loss if self.encoder is None or self.settings.part != "synthesis" else self.error_loss
+        return self.loss if self.encoder is None else self.error_loss
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
         """Loss of pixels x (B, H, W, 3) and metrics (loss, bpp, bpp of z, distortion, 1)."""
@@ -396,7 +398,7 @@ class Trainer:
                 worth=worth,
                 correction=DISTORTIONS[self.settings.tune].in_training,
                 quantiser=self.settings.quantiser,
-                choose=None if self.encoder is None else self._choose,
+                choose=None if self.model.dependent is None else self._choose,
             )
         return _weighted(out.y_bits, out.z_bits, self._distortion(out.x_hat, x), code, x.shape[1] * x.shape[2])
 
@@ -411,9 +413,7 @@ class Trainer:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _choose(self, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None) -> tuple[Tensor, Tensor]:
         """Dependent quantisation with the entropy model, which stays as it is."""
-        assert self.encoder is not None
-        with torch.autocast(self.device.type, enabled=False):
-            return quantised(self.encoder, y, z, code, worth)
+        return quantised(self.model, y, z, code, worth)
 
     @torch.no_grad()
     def _worth(self, x: Tensor) -> Tensor:
@@ -446,7 +446,7 @@ class Trainer:
         if isinstance(source, StoredLatents):
             crop = source.side
             inputs = source.batch(batch, self.generator)
-        elif self.encoder is not None and s.part == "synthesis":
+        elif self.encoder is not None:
             inputs = self._encoded(source, self.encoder, batch, crop)
         else:
             x, code = self._sample(source, batch, crop)
@@ -529,24 +529,26 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _stored(dependent: Dependent | None) -> dict[str, Tensor]:
+def _stored(dependent: Dependent | None) -> dict[str, Tensor] | None:
     """As tensors, which is all that is read back from a state."""
-    assert dependent is not None
+    if dependent is None:
+        return None
     arrays = {"offsets": dependent.offsets, "trellis": dependent.trellis} | dependent.tables.to_arrays()
-    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     if dependent.neighbours is not None:
-        tensors |= {f"neighbours.{name}": torch.tensor(array) for name, array in vars(dependent.neighbours).items()}
+        arrays |= {NEIGHBOURS + name: array for name, array in vars(dependent.neighbours).items()}
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     return tensors | {"chains": torch.tensor([-1 if n is None else n for n in astuple(dependent.chains)])}
 
 
-def _dependent(state: dict[str, Any]) -> Dependent:
+def _dependent(state: dict[str, Any]) -> Dependent | None:
     """What :func:`_stored` was given."""
+    if state["dependent"] is None:
+        return None
     arrays = {name: tensor.numpy() for name, tensor in state["dependent"].items()}
-    offsets, trellis, chains = (arrays.pop(name) for name in ("offsets", "trellis", "chains"))
-    least, large, share = chains.tolist()
-    theirs = {name: arrays.pop(name) for name in list(arrays) if name.startswith("neighbours.")}
-    neighbours = Neighbours(**{name.partition(".")[2]: array for name, array in theirs.items()}) if theirs else None
-    chains = Chains(least, large, None if share < 0 else share)
+    offsets, trellis, (least, large, share) = (arrays.pop(name) for name in ("offsets", "trellis", "chains"))
+    chains = Chains(int(least), int(large), None if share < 0 else int(share))
+    theirs = {name.removeprefix(NEIGHBOURS): arrays.pop(name) for name in list(arrays) if name.startswith(NEIGHBOURS)}
+    neighbours = Neighbours(**theirs) if theirs else None
     return Dependent(Tables.from_arrays(arrays), offsets, trellis, chains, neighbours)
 
 
@@ -560,8 +562,7 @@ def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
     if state["settings"]["part"] == "adapters":
         model.adapt(state["settings"]["rank"])
     model.load_state_dict(state["average"])
-    if state["encoder"] is not None:
-        model.quantise(_dependent(state))
+    model.quantise(_dependent(state))
     if state["grids"] is not None:
         model.set_grid_bits(state["grids"])
         model.set_exact(True)
