@@ -54,7 +54,7 @@ def trellis_of(h0: int, h1: int) -> np.ndarray:
 
 LEVELS = 5  # of grids of neighbours
 NARROWER = range(-4, 13)  # scale indices that neighbours may take away
-LEAST_SHARE = 0.03  # of its bits that a channel of the first step must save by neighbours
+LEAST_SHARE = 0.002  # of the bits of the first step that a channel must save by neighbours
 
 TRELLIS = trellis_of(0o515, 0o362)
 CHAINS = Chains(9, 26)
@@ -175,12 +175,15 @@ def fit_neighbours(net: CodecModel, latents: Iterable[ToQuantise]) -> Dependent:
             at = [values.reshape(by_position)[:, positions] for values in (unknown, total, scale_index, fraction)]
             samples[number].append(_Samples(*(values.reshape(-1, values.shape[-1]) for values in at)))
     of_levels = [_Samples(*(np.concatenate(values) for values in zip(*level, strict=True))) for level in samples]
+    by_channel = [
+        [_Samples(*(values[:, channel] for values in level)) for level in of_levels]
+        for channel in range(of_levels[0].unknown.shape[1])
+    ]
+    before = [sum(_bits(plain, level, 0, 0) for level in its) for its in by_channel]
     channels, weights, narrower = [], [], []
-    for channel in range(of_levels[0].unknown.shape[1]):
-        of_channel = [_Samples(*(values[:, channel] for values in level)) for level in of_levels]
-        found = [_least_bits(plain, its, has_neighbours=n > 0) for n, its in enumerate(of_channel)]
-        before = sum(_bits(plain, its, 0, 0) for its in of_channel)
-        if sum(bits for bits, _, _ in found) < (1 - LEAST_SHARE) * before:
+    for channel, its in enumerate(by_channel):
+        found = [_least_bits(plain, level, has_neighbours=n > 0) for n, level in enumerate(its)]
+        if before[channel] - sum(bits for bits, _, _ in found) > LEAST_SHARE * sum(before):
             channels.append(channel)
             weights.append([weight for _, weight, _ in found[1:]])
             narrower.append([fewer for _, _, fewer in found])
