@@ -1,18 +1,22 @@
 # make demo: install into .venv, encode and decode the bundled picture.
-# make test: install into .venv, run the tests.   make lint: ruff and mypy.
+# make test: install into .venv, run the tests but for the slow ones.   make test-slow: run those.
+# make lint: ruff and mypy.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # For instance: make test PIP_ARGS="--extra-index-url URL" to take torch's CPU build from an index of its own.
 PIP_ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -317,7 +317,7 @@ def check_and_resume(lic: Run, folder: Path, count: int) -> None:
 
 
 @posix
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_interrupt_stops_and_leaves_whole_files(lic: Run, tmp_path: Path, jobs: str) -> None:
     fill(tmp_path / "in", 60, side=256)
     with running_batch(tmp_path, "--jobs", jobs) as process:
@@ -330,7 +330,7 @@ def test_interrupt_stops_and_leaves_whole_files(lic: Run, tmp_path: Path, jobs: 
 
 
 @posix
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_kill_leaves_whole_files_and_the_rest_is_resumed(lic: Run, tmp_path: Path, jobs: str) -> None:
     fill(tmp_path / "in", 60, side=256)
     with running_batch(tmp_path, "--jobs", jobs) as process:

@@ -173,7 +173,7 @@ def test_dev_stdout_is_standard_output(lic: Run, tmp_path: Path, coded: bytes) -
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX shell")
-@pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
+@pytest.mark.parametrize("closed", [">&-", pytest.param("<&- >&-", marks=pytest.mark.slow)])
 def test_closed_standard_streams_do_not_matter_between_files(lic: Run, tmp_path: Path, png: Path, closed: str) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
         script = f'"$@" {closed}'
@@ -505,6 +505,7 @@ def test_models(lic: Run) -> None:
     assert tiny["parameters"] > 0 and tiny["kmac"]["decoder"] > 0 and len(tiny["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_doctor(lic: Run, tmp_path: Path) -> None:
     done = lic("doctor", timeout=1200)  # nine models, six ways each
     assert done.returncode == 0, done.stdout
@@ -521,6 +522,7 @@ def test_damaged_weights_exit_codes(lic: Run, tmp_path: Path, png: Path, coded: 
     assert "damaged" in failure(lic("decode", "-", "a.png", input=coded, env=environment), 4)
 
 
+@pytest.mark.slow
 def test_the_script_that_checks_a_folder(lic: Run, tmp_path: Path, png: Path, picture: np.ndarray) -> None:
     def check(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(SCRIPTS / "kodak_check.py"), str(tmp_path), *options, "--device", "cpu"]

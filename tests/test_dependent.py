@@ -887,6 +887,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_fit_quantiser(scalar: LoadedModel, tmp_path: Path, picture: np.ndarray, one_thread: None) -> None:
     old, new, pictures = (tmp_path / name for name in ("old", "new", "pictures"))
     for folder in (old, pictures):

@@ -361,6 +361,7 @@ def test_training_lowers_the_rate() -> None:
     assert np.mean(bits[-5:]) < np.mean(bits[:5]) - 0.5
 
 
+@pytest.mark.slow
 def test_the_script_counts_and_compares() -> None:
     command = [sys.executable, "scripts/econtextformer_ops.py", "--size", "64", "--width", "16", "--window", "4"]
     command += ["--segments", "4,8", "--layers", "2", "--repeat", "1", "--raster-steps", "2"]

@@ -143,6 +143,7 @@ def test_efforts_that_do_not_exist(effort: int, seconds: float | None, photo: np
         lic.encode(photo, effort=effort, effort_seconds=seconds, model="tiny")
 
 
+@pytest.mark.slow
 def test_targets_with_effort(photo: np.ndarray) -> None:
     tiny = lic.Codec("tiny")
     for effort in (0, 4):
@@ -203,7 +204,7 @@ def test_weight_for_ms_ssim_is_the_second_derivative(photo: np.ndarray) -> None:
     assert min(ratios) > 0.5 and max(ratios) < 4
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-nlaic"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-nlaic", marks=pytest.mark.slow)])
 def test_tuned_for_ms_ssim(name: str, photo: np.ndarray) -> None:
     """Fewer bits at more similarity, or about so, than tuned for squared error; and a file like any other."""
     model = model_of(name)

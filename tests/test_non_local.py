@@ -336,6 +336,7 @@ def copy_of_tiny(tmp_path: Path) -> tuple[Path, CodecModel]:
     return parent, store.load_file(store.read_info(parent)).net
 
 
+@pytest.mark.slow
 def test_modules_are_trained_and_the_rest_is_shared(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ import lic
 SCRIPT = Path(__file__).parent.parent / "scripts" / "pattern_check.py"
 
 
-@pytest.mark.parametrize("model", ["base", "base-ms-ssim"])
+@pytest.mark.parametrize("model", ["base", pytest.param("base-ms-ssim", marks=pytest.mark.slow)])
 def test_patterns_are_better_than_their_mean_colour(model: str) -> None:
     """The weights before the limit of the synthesis answered most of them with black and white at random."""
     result = CliRunner().invoke(runpy.run_path(str(SCRIPT))["main"], ["--model", model, "--threads", "1"])

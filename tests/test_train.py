@@ -158,7 +158,9 @@ def test_no_crop_costs_more_than_the_limit() -> None:
     assert gradient[0] == gradient[1] < gradient[2]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "soap"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow), pytest.param("soap", marks=pytest.mark.slow)]
+)
 def test_resumes_exactly(optimizer: str, photos: Path, tmp_path: Path) -> None:
     source = pictures(photos)
     source.wait(64)
@@ -171,6 +173,7 @@ def test_resumes_exactly(optimizer: str, photos: Path, tmp_path: Path) -> None:
     assert take_steps(resumed, source, 3) == second != first
 
 
+@pytest.mark.slow
 def test_continues_on_another_kind_of_device(photos: Path, tmp_path: Path) -> None:
     source = pictures(photos)
     source.wait(64)
@@ -186,6 +189,7 @@ def test_continues_on_another_kind_of_device(photos: Path, tmp_path: Path) -> No
     assert np.isfinite(take_steps(moved, source, 2)).all()
 
 
+@pytest.mark.slow
 def test_precision_of_products(photos: Path) -> None:
     source = pictures(photos)
     source.wait(64)
@@ -252,6 +256,7 @@ def test_command_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(weights[name], tensor, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_integers_in_the_loop(photos: Path, tmp_path: Path) -> None:
     source = pictures(photos)
     source.wait(64)
@@ -483,7 +488,10 @@ def test_encoded_batches_serve_several_steps(photos: Path, monkeypatch: pytest.M
         assert len(steps) <= 3 and all(b - a == 4 for a, b in itertools.pairwise(steps))
 
 
-@pytest.mark.parametrize("part", ["tables", "vectors", "adapters"])
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param("tables", marks=pytest.mark.slow), pytest.param("vectors", marks=pytest.mark.slow), "adapters"],
+)
 def test_tuned_for_ms_ssim(part: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(DATA / "models" / "tiny.safetensors", tmp_path)
     parent, target = tmp_path / "tiny.safetensors", tmp_path / "tiny-ms-ssim.safetensors"
