@@ -560,7 +560,7 @@ def test_two_processes_train_one_model(photos: Path, tmp_path: Path) -> None:
         ({"optimizer": "sgd"}, "optimiser"),
         ({"precision": "float16"}, "precision"),
         ({"tune": "ssim"}, "tune"),
-        ({"part": "gains", "quantiser": "noise"}, "rounded for rate"),
+        ({"part": "gains", "quantiser": "noise"}, "quantises as the encoder"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, object], word: str) -> None:
