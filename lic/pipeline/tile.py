@@ -201,13 +201,9 @@ class _Coded(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What the latents of a step (B, P, C) are coded with, in integers.
+    """What the latents of a step (B, P, C) are coded with, in integers: the mean in eighths, and the row of SCALES."""
 
-    shift: the mean, rounded; fraction: the rest, in eighths from -4, plus 4; scale_index: row of SCALES.
-    """
-
-    shift: Tensor
-    fraction: Tensor
+    mean: Tensor
     scale_index: Tensor
 
 
@@ -216,11 +212,8 @@ def predicted_integers(p: Prediction) -> Predicted:
 
     Nothing is rounded or limited here where arithmetic is exact.
     """
-    eighths = torch.round(p.eighths.clamp(-MEAN_LIMIT, MEAN_LIMIT)).int()
-    scale_index = torch.round(p.scale_index.clamp(0, len(SCALES) - 1)).int()
-    centred = eighths + FRACTIONS // 2
-    shift = centred.div(FRACTIONS, rounding_mode="floor")
-    return Predicted(shift, centred - shift * FRACTIONS, scale_index)
+    mean = torch.round(p.eighths.clamp(-MEAN_LIMIT, MEAN_LIMIT)).int()
+    return Predicted(mean, torch.round(p.scale_index.clamp(0, len(SCALES) - 1)).int())
 
 
 class Quantised(NamedTuple):
@@ -267,8 +260,9 @@ def _scalar(
     model: LoadedModel, place: Place, predicted: Predicted, symbols: Sequence[SymbolCoder], known: Part | None
 ) -> _Coded:
     """Each latent by itself, at a whole number of quantiser steps."""
-    shift, fraction, scale_index = predicted
-    mean = shift + (fraction - FRACTIONS // 2) / FRACTIONS
+    centred, scale_index = predicted.mean + FRACTIONS // 2, predicted.scale_index
+    shift = centred.div(FRACTIONS, rounding_mode="floor")
+    mean = predicted.mean / FRACTIONS
     scale = torch.exp(LOG_SCALE_0 + scale_index * LOG_SCALE_STEP)
     given = None
     if known is not None:
@@ -276,7 +270,7 @@ def _scalar(
         if known.weight is not None:
             y = round_for_rate(y, mean, scale, known.weight, model.net.centroids)
         given = y.int() - shift
-    rows = scale_index * FRACTIONS + fraction
+    rows = scale_index * FRACTIONS + centred - shift * FRACTIONS
     values = _code(symbols, place.stream, rows, model.y_tables, given, last=place.ends_stream)
     y = (values + shift).float()
     bits = gaussian_bits(y, mean, scale).sum(dim=(1, 2)) if known is not None else y.new_zeros(len(y))
@@ -291,13 +285,12 @@ def _dependent(
     known: Part | None,
 ) -> _Coded:
     """Each latent at one of the integers that those before it in its chain leave it (:mod:`lic.model.dependent`)."""
-    shape, device = predicted.shift.shape, predicted.shift.device
-    shift, eighths, scale_index = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
+    shape, device = predicted.mean.shape, predicted.mean.device
+    mean, scale_index = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
     y = None if known is None else known.y.flatten(1).cpu().numpy()
     weight = None
     if known is not None and known.weight is not None:
         weight = known.weight.flatten(1).cpu().numpy() * np.float32(SPACING**2)
-    mean = FRACTIONS * shift + eighths - FRACTIONS // 2
     integers, offsets = np.zeros_like(mean), np.zeros(mean.shape, np.float32)
     bits = np.zeros(len(mean))
     for piece in quantiser.pieces(place.grid, mean, scale_index, integers):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lic.coder import SCALES, Tables
 from lic.exact import exact_arithmetic
-from lic.model.codec import CodecModel, Share
+from lic.model.codec import CORRECTIONS, CodecModel, Share
 from lic.model.context import Geometry
 from lic.model.dependent import (
     COARSE,
@@ -98,8 +98,7 @@ def dependently_quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -
 def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, shares: Sequence[Share]) -> Tensor:
     """What the decoder of a network with dependent quantisation gets for pixels x: latents (B, h, w, M) in quantiser
     steps. ``worth`` and ``shares`` as for :meth:`CodecModel.latents_to_quantise`."""
-    y = net.latents_to_quantise(x, code, worth, shares)
-    return quantised(net, y, torch.round(net.hyper_analysis(y, code)), code, worth)[1]
+    return quantised(net, *ToQuantise.of(net, x, code, worth, shares), worth)[1]
 
 
 @torch.no_grad()
@@ -122,9 +121,17 @@ class ToQuantise(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, net: CodecModel, x: Tensor, code: Tensor) -> ToQuantise:
-        """Of pixels (B, H, W, 3) in [-0.5, 0.5]. Without gradients."""
-        y = net.latents_to_quantise(x, code)
+    def of(
+        cls,
+        net: CodecModel,
+        x: Tensor,
+        code: Tensor,
+        worth: Tensor | None = None,
+        shares: Sequence[Share] = CORRECTIONS,
+    ) -> ToQuantise:
+        """Of pixels (B, H, W, 3) in [-0.5, 0.5], without gradients. The others as for
+        :meth:`CodecModel.latents_to_quantise`."""
+        y = net.latents_to_quantise(x, code, worth, shares)
         return cls(y, torch.round(net.hyper_analysis(y, code)), code)
 
 
@@ -264,12 +271,11 @@ def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Generat
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
         for step, place in enumerate(places(schedule, geometry)):
             predicted = predicted_integers(net.context.predict(state, step))
-            shape = predicted.shift.shape
+            shape = predicted.mean.shape
             its_y, its_weight = (schedule.take(t, step).flatten(1).cpu().numpy() for t in (y / SPACING, weight))
-            means, fractions, scales = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
+            means, scales = (t.flatten(1).cpu().numpy().astype(np.int64) for t in predicted)
             chosen = Chosen(np.empty_like(its_y), *(np.empty_like(means) for _ in Chosen._fields[1:]))
             integers = np.zeros_like(means)
-            means = FRACTIONS * means + fractions - FRACTIONS // 2
             for piece in net.dependent.pieces(place.grid, means, scales, integers):
                 at, shift, eighths = piece.at, piece.shift, piece.eighths
                 from_mean = (its_y[:, at] - shift).astype(np.float32)

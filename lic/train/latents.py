@@ -14,7 +14,7 @@ from lic.errors import LicError
 from lic.model.codec import CodecModel
 from lic.model.config import DOWNSAMPLING
 from lic.train.data import Pictures, sample
-from lic.train.dependent import dependently_quantised
+from lic.train.dependent import ToQuantise, dependently_quantised
 
 SUFFIX = ".safetensors"
 CROPS_AT_A_TIME = 8
@@ -37,8 +37,7 @@ def store_latents(net: CodecModel, pictures: Pictures, target: Path, count: int,
             y, z = net.latents(x, code)
             below = above = torch.ones_like(y)
         else:
-            y = net.latents_to_quantise(x, code)
-            z = torch.round(net.hyper_analysis(y, code))
+            y, z, _ = ToQuantise.of(net, x, code)
             y, (below, above) = dependently_quantised(net, y, z, code)
         for name, value in zip(parts, (y, z, code, below, above), strict=True):
             parts[name].append(value.to(_TYPES[name]).cpu())
