@@ -537,7 +537,11 @@ def scales_and_means(answer: Activation, log2: Ints, index: Ints) -> tuple[Ints,
 
 def read_dependent(stream: Stream, tables: Tables, arrays: dict[str, np.ndarray], i: Ints, j: Ints) -> Ints:
     """ŷ - m of the latents of a step, or of a piece of the first one, (N,) (5.12)."""
-    trellis, (least, u) = arrays["trellis"], arrays.get("chain", np.array([8, 17])).tolist()
+    trellis, (least, u) = arrays["trellis"].astype(np.int64), arrays.get("chain", np.array([8, 17])).tolist()
+    if trellis.ndim == 1:
+        h0, h1 = trellis.tolist()
+        state, parity = np.arange(1 << h0.bit_length() - 1)[:, None], np.arange(2)
+        trellis = state // 2 ^ state % 2 * (h0 // 2) ^ parity * (h1 // 2)
     t = least
     if "chain" not in arrays:
         count = np.bincount(i, minlength=64)

@@ -199,14 +199,15 @@ def dependent_file(
     return packed(model, width, height, code, tile, streams, checks), written
 
 
-@pytest.mark.parametrize("quantiser", ["tiny-dependent", "tiny-chain", "tiny-neighbours"])
+@pytest.mark.parametrize("quantiser", ["tiny-dependent", "tiny-chain", "tiny-neighbours", "tiny-polynomials"])
 @pytest.mark.parametrize("name", ["tiny", *MODELS])
 def test_same_symbols_with_dependent_quantisation(tmp_path: Path, name: str, quantiser: str) -> None:
     """In a picture that gives most systems steps with medium and large latents, and in tiles."""
     (tmp_path / TINY.name).write_bytes(TINY.read_bytes())
     net = load_file(model_of(name).info).net
     dependent = model_of(quantiser).net.dependent
-    if quantiser == "tiny-neighbours" and net.context.schedule.first_grid(Geometry(1, 4, 4)) is None:
+    assert dependent is not None
+    if dependent.neighbours is not None and net.context.schedule.first_grid(Geometry(1, 4, 4)) is None:
         return
     net.quantise(dependent)
     path = tmp_path / "dependent.safetensors"

@@ -4,8 +4,12 @@
 // Dependent.quantisers and Dependent._search do, number for number; these are what they are tested against. The caller
 // has checked that every index is in range.
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <new>
+#include <vector>
 
 namespace {
 
@@ -28,6 +32,159 @@ uint64_t bits_at(const uint8_t* data, int64_t size, int64_t position, int count)
         value = value << 1 | (byte < size ? data[byte] >> (7 - (i & 7)) & 1u : 0u);
     }
     return value;
+}
+
+// The search goes from link to link with the totals of all states. A trellis says how: the place of a state among the totals,
+// of which there are `size`; `words` of 32 choices for a link; link(), which makes the totals behind a link of those before,
+// notes which of its two ways leads to each state, and returns the least total; and way(), which reads what was noted.
+
+struct AnyTrellis {
+    const int64_t *before, *branch;
+    const int64_t states, size = states, words = (states + 31) / 32;
+
+    int64_t place(int64_t s) const { return s; }
+
+    int64_t way(const uint32_t* noted, int64_t s) const { return noted[s / 32] >> s % 32 & 1; }
+
+    float link(const float* now, float* next, const float* cost, uint32_t* noted) const {
+        float least = std::numeric_limits<float>::infinity();
+        std::fill(noted, noted + words, 0);
+        for (int64_t s = 0; s < states; ++s) {
+            const float one = now[before[s]] + cost[branch[s]];
+            const float other = now[before[states + s]] + cost[branch[states + s]];
+            noted[s / 32] |= uint32_t(other < one) << s % 32;
+            next[s] = other < one ? other : one;
+            least = next[s] < least ? next[s] : least;
+        }
+        return least;
+    }
+};
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
+Floats loaded(const float* at) {
+    Floats result;
+    std::memcpy(&result, at, sizeof result);
+    return result;
+}
+
+template <int NUMBER>
+void reordered(const float* row, float* target, int64_t size) {
+    constexpr int LOW = NUMBER & 3;
+    for (int64_t u = 0; u < size; u += 4) {
+        const Floats its = loaded(row + (u ^ (NUMBER & 4)));
+        const Floats result = SHUFFLED(its, its, 0 ^ LOW, 1 ^ LOW, 2 ^ LOW, 3 ^ LOW);
+        std::memcpy(target + u, &result, sizeof result);
+    }
+}
+
+// A trellis of many states is one of a shift register: each eight neighbouring states are led to by eight states 2*u + q
+// with one q, u being eight in a row but for their order, in which the three lowest bits are exclusive-or'ed with some
+// number. Totals lie in rows, u running fastest: of even states, of odd ones, and of these in such orders.
+struct ShiftRegister {
+    static constexpr int64_t WIDTH = 8, BLOCK = 128;  // states at a time, and those that four words tell the ways to
+    const int64_t states, half = states / 2, words = states / 32;
+    int64_t size = states;
+    std::vector<int> orders;       // of each row from the third on, 8*q + number
+    std::vector<int64_t> from[2];  // where the totals of each eight states before begin
+    std::vector<int64_t> by[2];    // the branch from there
+
+    explicit ShiftRegister(int64_t states) : states(states) {}
+
+    // Whether the trellis is of this kind.
+    bool takes(const int64_t* before, const int64_t* branch) {
+        if (states % BLOCK) return false;
+        for (int way = 0; way < 2; ++way)
+            for (int64_t i = way * states; i < (way + 1) * states; i += WIDTH) {
+                const int64_t u = before[i] >> 1, number = u % WIDTH, q = before[i] & 1;
+                for (int64_t k = 0; k < WIDTH; ++k)
+                    if (before[i + k] != 2 * (u ^ k) + q || branch[i + k] != branch[i]) return false;
+                const auto order = std::find(orders.begin(), orders.end(), WIDTH * q + number);
+                const int64_t row = number ? 2 + (order - orders.begin()) : q;
+                if (number && order == orders.end()) orders.push_back(WIDTH * q + number);
+                from[way].push_back(row * half + u - number);
+                by[way].push_back(branch[i]);
+            }
+        size = (2 + orders.size()) * half;
+        return true;
+    }
+
+    int64_t place(int64_t s) const { return (s & 1) * half + (s >> 1); }
+
+    int64_t way(const uint32_t* noted, int64_t s) const {
+        return noted[s / BLOCK * 4 + s % 4] >> (31 - s % BLOCK / 4) & 1;
+    }
+
+    float link(float* now, float* next, const float* cost, uint32_t* noted) const {
+        constexpr void (*REORDERED[])(const float*, float*, int64_t) = {
+            nullptr,      reordered<1>, reordered<2>, reordered<3>,
+            reordered<4>, reordered<5>, reordered<6>, reordered<7>,
+        };
+        for (size_t i = 0; i < orders.size(); ++i)
+            REORDERED[orders[i] % WIDTH](now + orders[i] / WIDTH * half, now + (2 + i) * half, half);
+        Floats least = Floats{} + std::numeric_limits<float>::infinity();
+        for (int64_t g = 0; g < states / WIDTH; noted += 4) {
+            Words ways = {};
+            for (const int64_t end = g + BLOCK / WIDTH; g < end; ++g) {
+                const float *one = now + from[0][g], *other = now + from[1][g];
+                const float of_one = cost[by[0][g]], of_other = cost[by[1][g]];
+                Floats total[2];
+                for (int k = 0; k < 2; ++k) {
+                    const Floats a = loaded(one + 4 * k) + of_one, b = loaded(other + 4 * k) + of_other;
+                    const Words is_other = (Words)(b < a);  // all bits 1 or 0
+                    ways = ways + ways - is_other;
+                    total[k] = is_other ? b : a;
+                    least = total[k] < least ? total[k] : least;
+                }
+                const Floats even = SHUFFLED(total[0], total[1], 0, 2, 4, 6), odd = SHUFFLED(total[0], total[1], 1, 3, 5, 7);
+                std::memcpy(next + g * WIDTH / 2, &even, sizeof even);
+                std::memcpy(next + half + g * WIDTH / 2, &odd, sizeof odd);
+            }
+            std::memcpy(noted, &ways, sizeof ways);
+        }
+        return std::min(std::min(least[0], least[1]), std::min(least[2], least[3]));
+    }
+};
+
+struct Parts {
+    const int64_t *begins, *ends, *first, *last, count;
+};
+
+template <class Trellis>
+void search(const Trellis& trellis, const float* costs, int64_t n, const Parts& parts, const int64_t* before,
+            const int64_t* branch, int64_t* path, int64_t* passed) {
+    const int64_t states = trellis.states, words = trellis.words;
+    int64_t longest = 0;
+    for (int64_t part = 0; part < parts.count; ++part) longest = std::max(longest, parts.ends[part] - parts.begins[part]);
+    std::vector<float> now(trellis.size), next(trellis.size);
+    std::vector<uint32_t> noted(longest * words);
+    for (int64_t part = 0; part < parts.count; ++part) {
+        const int64_t begin = parts.begins[part], end = parts.ends[part], first = parts.first[part];
+        for (int64_t s = 0; s < states; ++s)
+            now[trellis.place(s)] = first < 0 || first == s ? 0.0f : std::numeric_limits<float>::infinity();
+        float least = 0.0f;  // taken away, so that single precision is enough
+        for (int64_t i = begin; i < end; ++i) {
+            const float cost[4] = {costs[i] - least, costs[n + i] - least, costs[2 * n + i] - least, costs[3 * n + i] - least};
+            least = trellis.link(now.data(), next.data(), cost, noted.data() + (i - begin) * words);
+            now.swap(next);
+        }
+        int64_t state = std::max(parts.last[part], int64_t(0));
+        if (parts.last[part] < 0)
+            for (int64_t s = 1; s < states; ++s)
+                if (now[trellis.place(s)] < now[trellis.place(state)]) state = s;
+        for (int64_t i = end - 1; i >= begin; --i) {
+            const int64_t from = trellis.way(noted.data() + (i - begin) * words, state) * states + state;
+            path[i] = branch[from];
+            passed[i] = state = before[from];
+        }
+    }
 }
 
 }  // namespace
@@ -101,44 +258,22 @@ int64_t lic_states(const int64_t* symbols, int64_t n, const int64_t* trellis, in
     return state;
 }
 
-// Paths of least cost through `parts` parts of n latents. costs: (4, n), of the branches 2*quantiser + parity. before and
-// branch: (2, states), the two ways into each state. total: (2, states) and choices: (longest part, states) are room.
-void lic_search(const float* costs, int64_t n, const int64_t* begins, const int64_t* ends, const int64_t* first,
-                const int64_t* last, int64_t parts, const int64_t* before, const int64_t* branch, int64_t states,
-                float* total, uint8_t* choices, int64_t* path, int64_t* passed) {
-    for (int64_t part = 0; part < parts; ++part) {
-        float *now = total, *next = total + states;
-        for (int64_t s = 0; s < states; ++s)
-            now[s] = first[part] < 0 || first[part] == s ? 0.0f : std::numeric_limits<float>::infinity();
-        for (int64_t i = begins[part]; i < ends[part]; ++i) {
-            const float cost[4] = {costs[i], costs[n + i], costs[2 * n + i], costs[3 * n + i]};
-            uint8_t* choice = choices + (i - begins[part]) * states;
-            float least = std::numeric_limits<float>::infinity();
-            for (int64_t s = 0; s < states; ++s) {
-                const float one = now[before[s]] + cost[branch[s]];
-                const float other = now[before[states + s]] + cost[branch[states + s]];
-                choice[s] = other < one;
-                next[s] = other < one ? other : one;
-                least = next[s] < least ? next[s] : least;
-            }
-            for (int64_t s = 0; s < states; ++s) next[s] -= least;  // so that single precision is enough
-            float* swapped = now;
-            now = next;
-            next = swapped;
-        }
-        int64_t state = last[part];
-        if (state < 0) {
-            state = 0;
-            for (int64_t s = 1; s < states; ++s)
-                if (now[s] < now[state]) state = s;
-        }
-        for (int64_t i = ends[part] - 1; i >= begins[part]; --i) {
-            const int64_t way = choices[(i - begins[part]) * states + state];
-            path[i] = branch[way * states + state];
-            state = before[way * states + state];
-            passed[i] = state;
-        }
+// Paths of least cost through `count` parts of n latents. costs: (4, n), of the branches 2*quantiser + parity. before and
+// branch: (2, states), the two ways into each state. Returns -1 without memory.
+int64_t lic_search(const float* costs, int64_t n, const int64_t* begins, const int64_t* ends, const int64_t* first,
+                   const int64_t* last, int64_t count, const int64_t* before, const int64_t* branch, int64_t states,
+                   int64_t* path, int64_t* passed) {
+    const Parts parts{begins, ends, first, last, count};
+    try {
+        ShiftRegister many(states);
+        if (many.takes(before, branch))
+            search(many, costs, n, parts, before, branch, path, passed);
+        else
+            search(AnyTrellis{before, branch, states}, costs, n, parts, before, branch, path, passed);
+    } catch (const std::bad_alloc&) {
+        return -1;
     }
+    return 0;
 }
 
 }  // extern "C"

@@ -23,7 +23,7 @@ from lic.coder.tables import Tables
 from lic.errors import CorruptError
 
 _SOURCE = Path(__file__).with_name("loops.cpp")
-_OPTIONS = ("-O3", "-shared", "-fPIC")
+_OPTIONS = ("-O3", "-std=c++14", "-shared", "-fPIC")
 Ints = npt.NDArray[np.int64]
 
 
@@ -34,9 +34,8 @@ class Loops:
         self._read_chain = library.lic_read_chain
         self._states = library.lic_states
         self._search = library.lic_search
-        for function in (self._read_chain, self._states):
+        for function in (self._read_chain, self._states, self._search):
             function.restype = ctypes.c_int64
-        self._search.restype = None
 
     def read_chain(
         self,
@@ -119,21 +118,18 @@ class Loops:
         begins, ends, first, last, before, branch = (
             np.ascontiguousarray(array, np.int64) for array in (*parts, before, branch)
         )
-        states = before.shape[1]
-        total = np.empty((2, states), np.float32)
-        choices = np.empty((int((ends - begins).max(initial=0)), states), np.uint8)
-        self._search(
+        failed = self._search(
             _at(costs, np.float32),
             ctypes.c_int64(costs.shape[1]),
             *(_at(array, np.int64) for array in (begins, ends, first, last)),
             ctypes.c_int64(len(begins)),
             _at(before, np.int64),
             _at(branch, np.int64),
-            ctypes.c_int64(states),
-            _at(total, np.float32),
-            _at(choices, np.uint8),
+            ctypes.c_int64(before.shape[1]),
             *(_at(array, np.int64) for array in found),
         )
+        if failed:
+            raise MemoryError
 
 
 def _at(array: npt.NDArray[Any], dtype: type[np.generic]) -> ctypes.c_void_p:

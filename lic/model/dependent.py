@@ -34,10 +34,10 @@ from lic.model.neighbours import FRACTIONS, Neighbours, Piece
 
 SPACING_LOG2 = -3400  # of the integers' distance in quantiser steps: 9/16, in 4096ths of an octave
 SPACING = 2.0 ** (SPACING_LOG2 / 4096)
-BLOCK, WINDOW = 512, 128  # latents that the search goes through at a time, and looks at each way to tie these up
+BLOCK, WINDOW = 4096, 256  # latents that the search goes through at a time, and looks at each way to tie these up
 COARSE = 4  # of them that tables of large latents tell apart
 QUANTISERS = 2
-MAX_STATES = 256
+MAX_STATES = 4096
 OFFSETS = 4  # magnitudes of symbols that offsets tell apart: 0, 1, 2, more
 
 Ints = npt.NDArray[np.int64]
@@ -128,6 +128,30 @@ class Chains:
         """Those of parities, and those of the rest with quantiser 0 and parity 0."""
         coarse = (scale_index - self.large) * COARSE + eighths * COARSE // FRACTIONS
         return self.parity_row + coarse, self.rest_row + 2 * QUANTISERS * coarse
+
+
+def trellis_of(h0: int, h1: int) -> Ints:
+    """The trellis (states, 2) of a systematic feedback code of rate 1/2 with these parity-check polynomials.
+
+    (Ungerboeck 1982, IEEE Trans. Inf. Theory 28(1).) The parities p and quantisers q of a chain satisfy
+    h0·q + h1·p = 0, the lowest bit of a polynomial being the present one; h0 begins and ends with 1, h1 with 0.
+    ValueError for other polynomials, and for more than MAX_STATES.
+    """
+    memory = h0.bit_length() - 1
+    if not h0 & 1 or h1 & 1 or h1.bit_length() > memory or not h1:
+        raise ValueError("no parity-check polynomials of a trellis")
+    if 2**memory > MAX_STATES:
+        raise ValueError("a trellis of too many states")
+    state, parity = np.arange(2**memory)[:, None], np.arange(2)
+    return np.asarray(state >> 1 ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * parity)
+
+
+def polynomials_of(trellis: Ints) -> tuple[int, int]:
+    """The inverse of :func:`trellis_of`. ValueError for a trellis of another kind."""
+    h0, h1 = 2 * int(trellis[1, 0]) + 1, 2 * int(trellis[0, 1])
+    if not np.array_equal(trellis_of(h0, h1), trellis):
+        raise ValueError("a trellis without polynomials")
+    return h0, h1
 
 
 FIRST_CHAINS = Chains(8, 17, share=6)  # of weights that do not say
@@ -308,19 +332,21 @@ class Dependent:
         links = [begins[: np.count_nonzero(lengths > i)] + i for i in range(lengths.max(initial=0))]
         total = np.where((first < 0) | (np.arange(states)[:, None] == first), 0, np.inf).astype(np.float32)
         choices = []
+        least = np.zeros(len(begins), np.float32)
         for link in links:
             n = len(link)
-            its = costs[:, link]
+            its = costs[:, link] - least[:n]  # so that single precision is enough
             one, other = (
                 total[:, :n].take(way, axis=0) + its.take(by, axis=0) for way, by in zip(before, branch, strict=True)
             )
-            choices.append(other < one)
+            choices.append(np.packbits(other < one, axis=0))
             np.minimum(one, other, out=total[:, :n])
-            total[:, :n] -= total[:, :n].min(axis=0)  # so that single precision is enough
+            least[:n] = total[:, :n].min(axis=0)
         state = np.where(last < 0, total.argmin(axis=0), last) if len(links) else last
         for link, choice in zip(reversed(links), reversed(choices), strict=True):
             n = len(link)
-            way = choice[state[:n], np.arange(n)].astype(np.int64)
+            its_state = state[:n]
+            way = choice[its_state >> 3, np.arange(n)].astype(np.int64) >> 7 - (its_state & 7) & 1
             path[link] = branch[way, state[:n]]
             passed[link] = state[:n] = before[way, state[:n]]
         return path, passed

@@ -30,7 +30,7 @@ from lic.coder import Tables
 from lic.container import Header
 from lic.errors import LicError, UnsupportedError
 from lic.model.config import Config
-from lic.model.dependent import FIRST_CHAINS, Chains, Dependent
+from lic.model.dependent import FIRST_CHAINS, Chains, Dependent, polynomials_of, trellis_of
 from lic.model.neighbours import TYPES, Neighbours
 from lic.quality import Tune
 
@@ -194,7 +194,7 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
         if OFFSETS in arrays:
             if TRELLIS not in arrays:
                 raise ValueError("dependent quantisation without a trellis, as on 2026-11-29 alone")
-            trellis = arrays[TRELLIS].astype(np.int64)
+            trellis = _trellis(arrays[TRELLIS])
             chains = _chains(arrays[CHAIN]) if CHAIN in arrays else FIRST_CHAINS
             offsets = arrays[OFFSETS].astype(np.float32)
             dependent = Dependent(tables["y"], offsets, trellis, chains, neighbours)
@@ -251,6 +251,22 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependen
     exact.known_answer(torch.device(device))
     net.unit_tables = log2.to(device), index.to(device)
     return net.to(device)
+
+
+def _trellis(array: np.ndarray) -> np.ndarray:
+    """Raises ValueError if the array says nothing of a trellis."""
+    if array.ndim == 1:
+        if array.dtype != np.uint16 or array.shape != (2,):
+            raise ValueError("a trellis of no known kind")
+        return trellis_of(*array.tolist())
+    return array.astype(np.int64)
+
+
+def _stored_trellis(trellis: np.ndarray) -> np.ndarray:
+    """The inverse: many states as their polynomials. Raises ValueError if they have none."""
+    if len(trellis) <= 256:
+        return trellis.astype(np.uint8)
+    return np.array(polynomials_of(trellis), np.uint16)
 
 
 def _chains(array: np.ndarray) -> Chains:
@@ -346,7 +362,7 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
             arrays[name] = value
     if net.dependent is not None:
         arrays[OFFSETS] = _half(net.dependent.offsets)
-        arrays[TRELLIS] = net.dependent.trellis.astype(np.uint8)
+        arrays[TRELLIS] = _stored_trellis(net.dependent.trellis)
         if net.dependent.chains != FIRST_CHAINS:
             arrays[CHAIN] = np.array([net.dependent.chains.least, net.dependent.chains.large], np.uint8)
         if (neighbours := net.dependent.neighbours) is not None:

@@ -26,6 +26,7 @@ from lic.model.dependent import (
     Chains,
     Dependent,
     distance,
+    trellis_of,
 )
 from lic.model.neighbours import FRACTIONS, WEIGHT_BITS, Neighbours, levels_of, sum_around
 from lic.pipeline.tile import places, predicted_integers, quantised_in_steps
@@ -36,27 +37,11 @@ MAX_CODED_SCALE = 4.0  # of the rest of a large symbol, in units of 2**raw_bits;
 HALF_WIDTH = 3.6
 SMALL = QUANTISERS  # third index of counts: quantisers of latents in chains, and those in none
 _SYMBOLS = np.arange(-LIMIT, LIMIT + 1)
-
-
-def trellis_of(h0: int, h1: int) -> np.ndarray:
-    """The trellis (states, 2) of a systematic feedback code of rate 1/2 with these parity-check polynomials.
-
-    (Ungerboeck 1982, IEEE Trans. Inf. Theory 28(1).) The parities p and quantisers q of a chain satisfy
-    h0·q + h1·p = 0, the lowest bit of a polynomial being the present one; h0 begins and ends with 1, h1 with 0.
-    ValueError for other polynomials.
-    """
-    memory = h0.bit_length() - 1
-    if not h0 & 1 or h1 & 1 or h1.bit_length() > memory or not h1:
-        raise ValueError("no parity-check polynomials of a trellis")
-    state, parity = np.arange(2**memory)[:, None], np.arange(2)
-    return np.asarray(state >> 1 ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * parity)
-
-
 LEVELS = 5  # of grids of neighbours
 NARROWER = range(-4, 13)  # scale indices that neighbours may take away
 LEAST_SHARE = 0.002  # of the bits of the first step that a channel must save by neighbours
 
-TRELLIS = trellis_of(0o515, 0o362)
+TRELLIS = trellis_of(0o13465, 0o7506)
 CHAINS = Chains(9, 26)
 
 
