@@ -792,7 +792,7 @@ def test_effort_costs_no_more(
     fitted: Fitted, coded: dict[int, Encoded], photo: np.ndarray, effort: int, least_gain: float
 ) -> None:
     gains = []
-    for code in CODES[::2]:
+    for code in CODES[1::2]:
         better = encode_rgb(fitted.model, photo, code, effort=effort)
         assert better.container.header.effort == effort
         assert decode_rgb(fitted.model, better.container).symbols_sha256 == better.symbols_sha256

@@ -24,6 +24,7 @@ from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT, DEPENDENT_WEIGHT = 0.72, -0.05, 1.15  # see CodecModel.rounding_weight
+COARSE_LAMBDA, COARSE_EXPONENT = 0.0023, -0.15  # the first about that of quality 20; see there
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
 CORRECTIONS = ((0.45, 0.8), (0.45, 0.8))  # shares of the way at quality 0 and 100, see CodecModel.corrected
 IN_TRAINING, PULL = (0.51, 0.69), 1.0  # see CodecModel.forward
@@ -249,16 +250,18 @@ class CodecModel(nn.Module):
         """
         return lambda_of(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
 
-    def rounding_weight(self, code: Tensor) -> Tensor:
+    def rounding_weight(self, code: Tensor, coarse_exponent: float = COARSE_EXPONENT) -> Tensor:
         """The same for quantisation, (B, M): of the plain gain, times 0.72·λ^-0.05, 1.05 to 0.72.
 
         A choice for fewer bits also makes later symbols cheaper, which is not seen there. With dependent quantisation
-        1.15 times as much, measured. igain is left out: it undoes what rounding does to the values, which is not what
-        an error costs.
+        1.15 times as much, and below COARSE_LAMBDA more with the power ``coarse_exponent`` of λ, measured (for squared
+        error; other distortions have other powers). igain is left out: it undoes what rounding does to the values,
+        which is not what an error costs.
         """
-        times = ROUNDING_WEIGHT * lambda_of(code) ** (1 + ROUNDING_EXPONENT) / 3
+        strength = lambda_of(code)
+        times = ROUNDING_WEIGHT * strength ** (1 + ROUNDING_EXPONENT) / 3
         if self.dependent is not None:
-            times = DEPENDENT_WEIGHT * times
+            times = DEPENDENT_WEIGHT * (strength / COARSE_LAMBDA).clamp(max=1) ** coarse_exponent * times
         return times.unsqueeze(-1) * (255 / self.gain(code)).square()
 
     def predict(self, z: Tensor, y_hat: Tensor, code: Tensor) -> Prediction:

@@ -339,14 +339,14 @@ class Dependent:
             one, other = (
                 total[:, :n].take(way, axis=0) + its.take(by, axis=0) for way, by in zip(before, branch, strict=True)
             )
-            choices.append(np.packbits(other < one, axis=0))
+            choices.append(_packed(other < one))
             np.minimum(one, other, out=total[:, :n])
-            least[:n] = total[:, :n].min(axis=0)
+            least[:n] = _least(total[:, :n])
         state = np.where(last < 0, total.argmin(axis=0), last) if len(links) else last
         for link, choice in zip(reversed(links), reversed(choices), strict=True):
             n = len(link)
-            its_state = state[:n]
-            way = choice[its_state >> 3, np.arange(n)].astype(np.int64) >> 7 - (its_state & 7) & 1
+            bit, row = np.divmod(state[:n], len(choice))
+            way = choice[row, np.arange(n)].astype(np.int64) >> bit & 1
             path[link] = branch[way, state[:n]]
             passed[link] = state[:n] = before[way, state[:n]]
         return path, passed
@@ -386,6 +386,24 @@ class Dependent:
         table = self.offsets[scale_index, quantiser, np.minimum(np.abs(symbol), OFFSETS - 1)]
         fraction = (eighths - FRACTIONS // 2).astype(np.float32) / FRACTIONS
         return table * np.where(symbol == 0, fraction, np.sign(symbol)).astype(np.float32)
+
+
+def _packed(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """Flags (states, n) as bits of bytes (⌈states/8⌉, n), that of state s in row s mod ⌈states/8⌉."""
+    rows = -(-len(flags) // 8)
+    result = np.zeros((rows, flags.shape[1]), np.uint8)
+    for bit, first in enumerate(range(0, len(flags), rows)):
+        part = flags[first : first + rows].view(np.uint8)
+        result[: len(part)] |= part << np.uint8(bit)
+    return result
+
+
+def _least(total: Floats) -> Floats:
+    """Of (states, n) over the states: in halves, since numpy goes through n numbers at a time."""
+    while len(total) > 64 and len(total) % 2 == 0:
+        half = len(total) // 2
+        total = np.minimum(total[:half], total[half:])
+    return np.asarray(total.min(axis=0))
 
 
 def _small_rows(scale_index: Ints, eighths: Ints) -> Ints:
