@@ -114,9 +114,11 @@ def read_container(data: bytes) -> Container:
     lengths = bits.array(streams * columns * rows)
     require(bits.u(-bits.at % 8) == 0, "the padding is not zero")
 
-    table = [(bits.u(32).to_bytes(4, "big"), bits.u(32)) for _ in range(bits.u(8))] if has_sections else []
+    table = []
+    if has_sections:
+        count = bits.u(8)
+        table = [(bits.u(32).to_bytes(4, "big"), bits.u(32)) for _ in range(count)] or [(b"Filt", bits.u(8))]
     kinds = [kind for kind, _ in table]
-    require(not has_sections or bool(kinds), "an empty section table")
     require(all(kind.isalpha() for kind in kinds) and len(set(kinds)) == len(kinds), "bad section table")
     at = bits.at // 8
     require(at + sum(lengths) + sum(n for _, n in table) + 4 == len(data), "the size of the file is wrong")

@@ -236,8 +236,27 @@ def test_unknown_sections() -> None:
     for offset, value in ((1, ord("1")), (2, 0xC3), (4, ord("\n"))):
         with pytest.raises(CorruptError, match="section kind"):
             parse(changed(data, SECTION_TABLE + offset, value))
-    with pytest.raises(CorruptError, match="empty section table"):
-        parse(changed(data, SECTION_TABLE, 0))
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256])
+def test_a_filter_alone_has_a_short_table(size: int) -> None:
+    container = replace(EXAMPLE, sections=(Section("Filt", bytes(size)),))
+    data, plain = pack(container), pack(replace(EXAMPLE, sections=()))
+    assert len(data) - len(plain) == size + (2 if size < 256 else 9)
+    assert parse(data) == container
+    assert layout(data)[-2] == ("Filt", len(data) - 4 - size, size)
+    if size == 255:
+        assert data[SECTION_TABLE : SECTION_TABLE + 2] == b"\x00\xff"
+    with_another = replace(EXAMPLE, sections=(*container.sections, *EXAMPLE.sections))
+    assert parse(pack(with_another)) == with_another
+
+
+def test_a_filter_alone_with_a_long_table() -> None:
+    """As in files of before there were short ones."""
+    data = pack(replace(EXAMPLE, sections=(Section("Filt", b"hi"),)))
+    table = struct.pack(">B4sI", 1, b"Filt", 2)
+    body = data[:SECTION_TABLE] + table + data[SECTION_TABLE + 2 : -4]
+    assert parse(body + struct.pack(">I", zlib.crc32(body))) == parse(data)
 
 
 def test_pixel_limit() -> None:

@@ -2,7 +2,7 @@
 
     fixed part      18 bytes, ``_FIXED``
     variable part   bits: model name, geometry, length of every stream; padded to a whole byte
-    section table   only if there are sections: kind and length of each
+    section table   only if there are sections: kind and length of each, or the length of a filter
     streams         stream-major: stream 0 (hyper-latents) of all tiles, then stream 1 of all tiles, ...
     sections
     CRC-32          of all bytes before it
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import NamedTuple
@@ -188,7 +188,9 @@ def pack(container: Container) -> bytes:
     _write_array(variable, lengths)
     variable.align()
     parts = [fixed, bytes(variable.data)]
-    if sections:
+    if _is_short_table(sections):
+        parts.append(bytes([0, len(sections[0].data)]))
+    elif sections:
         parts.append(bytes([len(sections)]))
         parts += [_SECTION.pack(section.kind.encode(), len(section.data)) for section in sections]
     body = b"".join([*parts, *streams, *(section.data for section in sections)])
@@ -316,7 +318,7 @@ def parse_header(data: bytes) -> Index:
     if has_sections:
         count = reader.read(8)
         if count == 0:
-            raise CorruptError("damaged: an empty section table")
+            sections.append((FILTER, reader.read(8)))
         for kind_bytes, length in _SECTION.iter_unpack(reader.read_bytes(_SECTION.size * count)):
             kind = kind_bytes.decode("latin-1")
             if not _SECTION_KIND.fullmatch(kind):
@@ -342,6 +344,11 @@ def layout(data: bytes) -> list[Part]:
     for name, size in sizes:
         parts.append(Part(name, parts[-1].offset + parts[-1].size, size))
     return parts
+
+
+def _is_short_table(sections: Sequence[Section]) -> bool:
+    """Whether there is a filter and nothing else, as in most files: two bytes instead of nine."""
+    return [section.kind for section in sections] == [FILTER] and len(sections[0].data) < 256
 
 
 def _write_array(writer: BitWriter, values: list[int]) -> None:
