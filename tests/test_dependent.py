@@ -219,6 +219,7 @@ def test_compiled_loops_find_the_same_in_many_blocks(gaussian: Dependent, monkey
     tiles = step_of(random, random.integers(0, 40, (2, 5 * BLOCK + 100)).ravel(), 0.05)
     batch = Step(*(values.reshape(2, -1) for values in tiles))
     chosen = gaussian.choose(*batch)
+    assert np.array_equal(gaussian.choose(*batch, threads=3), chosen)
     monkeypatch.setenv("LIC_CODER", "python")
     assert np.array_equal(gaussian.choose(*batch), chosen)
 

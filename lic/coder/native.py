@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,31 +106,41 @@ class Loops:
         before: Ints,
         branch: Ints,
         found: tuple[Ints, Ints],
+        threads: int = 1,
     ) -> None:
-        """The search of :meth:`Dependent._search`.
+        """The search of :meth:`Dependent._search`. Raises MemoryError.
 
         Args:
             costs: (4, N).
-            parts: begins, ends, and first and last states.
+            parts: begins, ends, and first and last states; no latent is in two of them.
             before: (2, states), and branch, the ways into each state.
             found: branches and states before them, (N,) each, to be filled in.
+            threads: that share the parts.
         """
         costs = np.ascontiguousarray(costs, np.float32)
-        begins, ends, first, last, before, branch = (
-            np.ascontiguousarray(array, np.int64) for array in (*parts, before, branch)
-        )
-        failed = self._search(
-            _at(costs, np.float32),
-            ctypes.c_int64(costs.shape[1]),
-            *(_at(array, np.int64) for array in (begins, ends, first, last)),
-            ctypes.c_int64(len(begins)),
-            _at(before, np.int64),
-            _at(branch, np.int64),
-            ctypes.c_int64(before.shape[1]),
-            *(_at(array, np.int64) for array in found),
-        )
-        if failed:
-            raise MemoryError
+        before, branch = (np.ascontiguousarray(array, np.int64) for array in (before, branch))
+        shares = max(1, min(threads, len(parts[0])))
+
+        def search(share: int) -> None:
+            own = [np.ascontiguousarray(array[share::shares], np.int64) for array in parts]
+            failed = self._search(
+                _at(costs, np.float32),
+                ctypes.c_int64(costs.shape[1]),
+                *(_at(array, np.int64) for array in own),
+                ctypes.c_int64(len(own[0])),
+                _at(before, np.int64),
+                _at(branch, np.int64),
+                ctypes.c_int64(before.shape[1]),
+                *(_at(array, np.int64) for array in found),
+            )
+            if failed:
+                raise MemoryError
+
+        if shares == 1:
+            search(0)
+        else:
+            with ThreadPoolExecutor(shares) as pool:
+                list(pool.map(search, range(shares)))
 
 
 def _at(array: npt.NDArray[Any], dtype: type[np.generic]) -> ctypes.c_void_p:

@@ -212,13 +212,14 @@ class Dependent:
         else:
             yield from self.neighbours.pieces(grid, mean, scale_index, integers)
 
-    def choose(self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats) -> Ints:
+    def choose(self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats, threads: int = 1) -> Ints:
         """Symbols of nearly the least bits + weight·error², (N,), or (B, N) of a batch of tiles, which is faster.
 
         Args:
             y: the latents of a piece of a step, in integers from the rounded mean.
             scale_index: of the prediction of each; eighths: of its mean's fraction plus 4, 0..7.
             weight: bits that a squared error of one integer is worth.
+            threads: that search, where the loops are compiled.
         """
         shape, n = scale_index.shape, scale_index.shape[-1]
         by_tile = [self.chains.kinds(its) for its in np.atleast_2d(scale_index)]
@@ -235,7 +236,7 @@ class Dependent:
                 )
         result = np.where(costs[0] <= costs[1], symbols[0], symbols[1])
         chained = np.concatenate(chains)
-        path = self._least_path(costs[:, chained], [len(chain) for chain in chains])
+        path = self._least_path(costs[:, chained], [len(chain) for chain in chains], threads)
         result[chained] = np.take_along_axis(symbols[:, chained], path[None], axis=0)[0]
         return result.reshape(shape)
 
@@ -295,7 +296,7 @@ class Dependent:
                 bits += float(lengths.sum(dtype=np.float64))
         return Coded(distance(values, quantisers), self.offset(values, quantisers, scale_index, eighths), bits)
 
-    def _least_path(self, costs: Floats, runs: Sequence[int]) -> Ints:
+    def _least_path(self, costs: Floats, runs: Sequence[int], threads: int = 1) -> Ints:
         """The branch, 2·quantiser + parity, of each of N latents in chains of these lengths, of nearly the least cost.
 
         costs: of the branches, (4, N). A chain is searched in blocks side by side. The state between two of them is
@@ -308,13 +309,15 @@ class Dependent:
         stops = np.minimum(begins + BLOCK, end)
         inner = stops < end
         borders, free = stops[inner], np.full(np.count_nonzero(inner), -1)
-        _, states = self._search(costs, borders - WINDOW, np.minimum(borders + WINDOW, end[inner]), free, free)
+        _, states = self._search(costs, borders - WINDOW, np.minimum(borders + WINDOW, end[inner]), free, free, threads)
         first = np.where(begins == np.repeat(starts, counts), 0, states[begins])
         last = np.full(len(begins), -1)
         last[inner] = states[borders]
-        return self._search(costs, begins, stops, first, last)[0]
+        return self._search(costs, begins, stops, first, last, threads)[0]
 
-    def _search(self, costs: Floats, begins: Ints, ends: Ints, first: Ints, last: Ints) -> tuple[Ints, Ints]:
+    def _search(
+        self, costs: Floats, begins: Ints, ends: Ints, first: Ints, last: Ints, threads: int
+    ) -> tuple[Ints, Ints]:
         """Branches, and states before them, (N,) each, on the paths of least cost through some parts of N latents.
 
         first, last: states that the paths begin and end in, -1 for any.
@@ -325,7 +328,7 @@ class Dependent:
         branch = 2 * (before % QUANTISERS) + parity
         path, passed = np.zeros((2, costs.shape[1]), np.int64)
         if (compiled := coder.loops()) is not None:
-            compiled.search(costs, (begins, ends, first, last), before, branch, (path, passed))
+            compiled.search(costs, (begins, ends, first, last), before, branch, (path, passed), threads)
             return path, passed
         order = np.argsort(begins - ends, kind="stable")  # the longest first
         begins, lengths, first, last = begins[order], (ends - begins)[order], first[order], last[order]

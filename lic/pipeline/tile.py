@@ -301,7 +301,8 @@ def _dependent(
             its_symbols = [quantiser.symbols_of(*its) for its in zip(distances, piece.scale_index, strict=True)]
         elif y is not None and weight is not None:
             from_mean = (y[:, at] / np.float32(SPACING) - shift).astype(np.float32)
-            its_symbols = list(quantiser.choose(from_mean, piece.scale_index, eighths, weight[:, at]))
+            threads = torch.get_num_threads()
+            its_symbols = list(quantiser.choose(from_mean, piece.scale_index, eighths, weight[:, at], threads))
         for b, (its_coder, given) in enumerate(zip(symbols, its_symbols, strict=True)):
             coded = quantiser.code(its_coder, piece.scale_index[b], eighths[b], given, last=piece.is_last)
             integers[b, at], offsets[b, at] = shift[b] + coded.distances, coded.offsets
