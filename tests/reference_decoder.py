@@ -116,9 +116,11 @@ def read_container(data: bytes) -> Container:
 
     table = []
     if has_sections:
-        count = bits.u(8)
-        table = [(bits.u(32).to_bytes(4, "big"), bits.u(32)) for _ in range(count)] or [(b"Filt", bits.u(8))]
+        has_filter, others = bits.u(1), bits.u(7)
+        table = [(b"Filt", bits.u(8))] if has_filter else []
+        table += [(bits.u(32).to_bytes(4, "big"), bits.u(32)) for _ in range(others)]
     kinds = [kind for kind, _ in table]
+    require(not has_sections or bool(kinds), "an empty section table")
     require(all(kind.isalpha() for kind in kinds) and len(set(kinds)) == len(kinds), "bad section table")
     at = bits.at // 8
     require(at + sum(lengths) + sum(n for _, n in table) + 4 == len(data), "the size of the file is wrong")

@@ -236,19 +236,21 @@ def test_unknown_sections() -> None:
     for offset, value in ((1, ord("1")), (2, 0xC3), (4, ord("\n"))):
         with pytest.raises(CorruptError, match="section kind"):
             parse(changed(data, SECTION_TABLE + offset, value))
+    with pytest.raises(CorruptError, match="empty section table"):
+        parse(changed(data, SECTION_TABLE, 0))
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256])
-def test_a_filter_alone_has_a_short_table(size: int) -> None:
-    container = replace(EXAMPLE, sections=(Section("Filt", bytes(size)),))
-    data, plain = pack(container), pack(replace(EXAMPLE, sections=()))
-    assert len(data) - len(plain) == size + (2 if size < 256 else 9)
+@pytest.mark.parametrize("others", [(), EXAMPLE.sections])
+def test_a_filter_in_front_has_a_short_entry(size: int, others: tuple[Section, ...]) -> None:
+    container = replace(EXAMPLE, sections=(Section("Filt", bytes(size)), *others))
+    data, plain = pack(container), pack(replace(EXAMPLE, sections=others))
+    assert len(data) - len(plain) == size + (1 if size < 256 else 8) + (not others)
     assert parse(data) == container
-    assert layout(data)[-2] == ("Filt", len(data) - 4 - size, size)
     if size == 255:
-        assert data[SECTION_TABLE : SECTION_TABLE + 2] == b"\x00\xff"
-    with_another = replace(EXAMPLE, sections=(*container.sections, *EXAMPLE.sections))
-    assert parse(pack(with_another)) == with_another
+        assert data[SECTION_TABLE : SECTION_TABLE + 2] == bytes([128 + len(others), 255])
+    behind = replace(EXAMPLE, sections=(*others, Section("Filt", bytes(size))))
+    assert parse(pack(behind)) == behind
 
 
 def test_a_filter_alone_with_a_long_table() -> None:
@@ -398,7 +400,7 @@ def test_pack_refuses_streams_and_sections_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match="section"):
             pack(replace(EXAMPLE, sections=sections))
     kinds = ["ab" + "".join(pair) for pair in product(ascii_lowercase, repeat=2)][:256]
-    with pytest.raises(ValueError, match="255 sections"):
+    with pytest.raises(ValueError, match="127 sections"):
         pack(replace(EXAMPLE, sections=tuple(Section(kind, b"") for kind in kinds)))
 
 

@@ -184,7 +184,7 @@ def test_every_way_of_quantising_agrees(model: LoadedModel, demo: np.ndarray) ->
     code = torch.tensor([20_000.0])
     with torch.no_grad():
         y, z, _ = ToQuantise.of(net, x, code)
-        weight = net.rounding_weight(code)[:, None, None].expand_as(y).contiguous()
+        weight = net.rounding_weight(code, True)[:, None, None].expand_as(y).contiguous()
         coded = code_tiles(model, Geometry(*y.shape[:3]), [20_000], [Writer()], Latents(z, y, weight))
         for step, chosen in enumerate(chosen_steps(net, y, z, code)):
             of_step = net.context.schedule.take(coded.latents.y, step).flatten(1).numpy()

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
-#include <new>
 #include <vector>
 
 namespace {
@@ -270,7 +270,7 @@ int64_t lic_search(const float* costs, int64_t n, const int64_t* begins, const i
             search(many, costs, n, parts, before, branch, path, passed);
         else
             search(AnyTrellis{before, branch, states}, costs, n, parts, before, branch, path, passed);
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) {
         return -1;
     }
     return 0;

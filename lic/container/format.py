@@ -2,7 +2,7 @@
 
     fixed part      18 bytes, ``_FIXED``
     variable part   bits: model name, geometry, length of every stream; padded to a whole byte
-    section table   only if there are sections: kind and length of each, or the length of a filter
+    section table   only if there are sections: kind and length of each, of a filter the length
     streams         stream-major: stream 0 (hyper-latents) of all tiles, then stream 1 of all tiles, ...
     sections
     CRC-32          of all bytes before it
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import NamedTuple
@@ -35,6 +35,7 @@ NAME_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789._-"
 CODERS = (0,)  # what this version reads and writes
 ALPHA = "Alph"  # the section that holds the transparency
 FILTER = "Filt"  # the section that holds the filter behind the synthesis
+MAX_SECTIONS = 127
 MANDATORY_SECTIONS = frozenset({ALPHA, FILTER})
 
 # signature; version, coder; entropy id; synthesis id; symbols CRC; quality; streams; flags of colour, effort, tiled
@@ -156,8 +157,8 @@ def pack(container: Container) -> bytes:
         raise ValueError(problem)
     if len(tiles) != _tile_count(header) or any(len(streams) != header.streams for streams in tiles):
         raise ValueError(f"expected {_tile_count(header)} tiles of {header.streams} streams each")
-    if len(sections) > 255 or not all(_SECTION_KIND.fullmatch(section.kind) for section in sections):
-        raise ValueError("at most 255 sections, each with a kind of 4 ASCII letters")
+    if len(sections) > MAX_SECTIONS or not all(_SECTION_KIND.fullmatch(section.kind) for section in sections):
+        raise ValueError(f"at most {MAX_SECTIONS} sections, each with a kind of 4 ASCII letters")
     if len({section.kind for section in sections}) < len(sections):
         raise ValueError("two sections of one kind")
     streams = [tile[i] for i in range(header.streams) for tile in tiles]
@@ -188,11 +189,11 @@ def pack(container: Container) -> bytes:
     _write_array(variable, lengths)
     variable.align()
     parts = [fixed, bytes(variable.data)]
-    if _is_short_table(sections):
-        parts.append(bytes([0, len(sections[0].data)]))
-    elif sections:
-        parts.append(bytes([len(sections)]))
-        parts += [_SECTION.pack(section.kind.encode(), len(section.data)) for section in sections]
+    if sections:
+        has_filter = sections[0].kind == FILTER and len(sections[0].data) < 256
+        others = sections[has_filter:]
+        parts.append(bytes([has_filter << 7 | len(others), *([len(sections[0].data)] if has_filter else [])]))
+        parts += [_SECTION.pack(section.kind.encode(), len(section.data)) for section in others]
     body = b"".join([*parts, *streams, *(section.data for section in sections)])
     return body + _CRC.pack(zlib.crc32(body))
 
@@ -316,9 +317,11 @@ def parse_header(data: bytes) -> Index:
     reader.align()
     sections: list[tuple[str, int]] = []
     if has_sections:
-        count = reader.read(8)
-        if count == 0:
+        has_filter, count = reader.read(1), reader.read(7)
+        if has_filter:
             sections.append((FILTER, reader.read(8)))
+        elif count == 0:
+            raise CorruptError("damaged: an empty section table")
         for kind_bytes, length in _SECTION.iter_unpack(reader.read_bytes(_SECTION.size * count)):
             kind = kind_bytes.decode("latin-1")
             if not _SECTION_KIND.fullmatch(kind):
@@ -344,11 +347,6 @@ def layout(data: bytes) -> list[Part]:
     for name, size in sizes:
         parts.append(Part(name, parts[-1].offset + parts[-1].size, size))
     return parts
-
-
-def _is_short_table(sections: Sequence[Section]) -> bool:
-    """Whether there is a filter and nothing else, as in most files: two bytes instead of nine."""
-    return [section.kind for section in sections] == [FILTER] and len(sections[0].data) < 256
 
 
 def _write_array(writer: BitWriter, values: list[int]) -> None:

@@ -26,7 +26,7 @@ MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT, DEPENDENT_WEIGHT = 0.72, -0.05, 1.15  # see CodecModel.rounding_weight
 COARSE_LAMBDA, COARSE_EXPONENT = 0.0023, -0.15  # the first about that of quality 20; see there
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
-CORRECTIONS = ((0.45, 0.8), (0.45, 0.8))  # shares of the way at quality 0 and 100, see CodecModel.corrected
+CORRECTIONS = ((0.35, 0.9), (0.35, 0.9))  # shares of the way at quality 0 and 100, see CodecModel.corrected
 IN_TRAINING, PULL = (0.51, 0.69), 1.0  # see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.64, 0.06  # see softly_rounded
 THRESHOLD_EXPONENT, MAX_THRESHOLD = -0.7, 0.95  # with a worth of its errors
@@ -250,18 +250,19 @@ class CodecModel(nn.Module):
         """
         return lambda_of(code).unsqueeze(-1) / 3 * (255 * self.igain(code)).square()
 
-    def rounding_weight(self, code: Tensor, coarse_exponent: float = COARSE_EXPONENT) -> Tensor:
+    def rounding_weight(self, code: Tensor, is_squared_error: bool) -> Tensor:
         """The same for quantisation, (B, M): of the plain gain, times 0.72·λ^-0.05, 1.05 to 0.72.
 
         A choice for fewer bits also makes later symbols cheaper, which is not seen there. With dependent quantisation
-        1.15 times as much, and below COARSE_LAMBDA more with the power ``coarse_exponent`` of λ, measured (for squared
-        error; other distortions have other powers). igain is left out: it undoes what rounding does to the values,
-        which is not what an error costs.
+        1.15 times as much and, where the error is squared error, still more below COARSE_LAMBDA, both measured. igain
+        is left out: it undoes what rounding does to the values, which is not what an error costs.
         """
         strength = lambda_of(code)
         times = ROUNDING_WEIGHT * strength ** (1 + ROUNDING_EXPONENT) / 3
         if self.dependent is not None:
-            times = DEPENDENT_WEIGHT * (strength / COARSE_LAMBDA).clamp(max=1) ** coarse_exponent * times
+            times = DEPENDENT_WEIGHT * times
+            if is_squared_error:
+                times = (strength / COARSE_LAMBDA).clamp(max=1) ** COARSE_EXPONENT * times
         return times.unsqueeze(-1) * (255 / self.gain(code)).square()
 
     def predict(self, z: Tensor, y_hat: Tensor, code: Tensor) -> Prediction:
@@ -299,10 +300,10 @@ class CodecModel(nn.Module):
     def rounded(self, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None = None) -> Tensor:
         """y rounded for rate, each latent by itself, with the context of plainly rounded latents.
 
-        worth: how many times its usual weight the error of each latent has, (B, h, w, M).
+        worth: how many times its usual weight the error of each latent has, (B, h, w, M); None for squared error.
         """
         p = self.predict(torch.round(z), torch.round(y), code)
-        weight = self.rounding_weight(code)[:, None, None]
+        weight = self.rounding_weight(code, worth is None)[:, None, None]
         return round_for_rate(y, p.mean, p.scale, weight if worth is None else worth * weight, self.centroids)
 
     def forward(
@@ -336,7 +337,8 @@ class CodecModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
         corrected = self.corrected(x, y, code, worth, correction)
-        drift = torch.log1p(self.rounding_weight(code)[:, None, None] * (y - corrected).square()).sum(dim=(1, 2, 3))
+        weight = self.rounding_weight(code, worth is None)[:, None, None]
+        drift = torch.log1p(weight * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
         z = self.hyper_analysis(y, code)
         z_bits = self.prior.bits(torch.round(z).detach(), code) + _gradient_only(self.prior.bits(_noisy(z), code, True))

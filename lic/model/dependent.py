@@ -11,7 +11,7 @@ them: smaller errors at the same rate, up to 1.5 dB in theory, more of that the 
 The latents of a step are one chain, but in the first step, which may be cut into pieces with a chain each
 (:mod:`lic.model.neighbours`). They are of three kinds, by the scale that is predicted for them:
 
-- small: nearly always 0. They are in no chain and have quantiser 0: their zeros would only let the chain forget.
+- small: nearly always 0. They are in no chain and have quantiser 0: their zeros steer no path.
 - medium: first in the chain, from small scales to large ones, so that those that are often 0 do not part the others.
   Their tables depend on their quantisers, which only those before them tell.
 - large: behind them. Their parity hardly depends on the quantiser: all parities are coded, which settles the
@@ -142,7 +142,7 @@ def trellis_of(h0: int, h1: int) -> Ints:
         raise ValueError("no parity-check polynomials of a trellis")
     if 2**memory > MAX_STATES:
         raise ValueError("a trellis of too many states")
-    state, parity = np.arange(2**memory)[:, None], np.arange(2)
+    state, parity = np.arange(2**memory, dtype=np.int64)[:, None], np.arange(2, dtype=np.int64)
     return np.asarray(state >> 1 ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * parity)
 
 
@@ -316,7 +316,7 @@ class Dependent:
         return self._search(costs, begins, stops, first, last, threads)[0]
 
     def _search(
-        self, costs: Floats, begins: Ints, ends: Ints, first: Ints, last: Ints, threads: int
+        self, costs: Floats, begins: Ints, ends: Ints, first: Ints, last: Ints, threads: int = 1
     ) -> tuple[Ints, Ints]:
         """Branches, and states before them, (N,) each, on the paths of least cost through some parts of N latents.
 

@@ -52,6 +52,7 @@ ADAPTED = "g_a.last.left"  # an adapter's first half; if there is one, every mat
 CENTROIDS = "centroids"  # left out where they are zeros
 OFFSETS = "offsets"  # of dependent quantisation; weights without are of scalar quantisation
 TRELLIS, CHAIN = "trellis", "chain"  # of dependent quantisation, the second the least and large of its Chains
+LARGEST_TABLE = 256  # states; trellises of more are stored as their polynomials
 NEIGHBOURS = "neighbours."  # of dependent quantisation, a part: the arrays of lic.model.neighbours.Neighbours
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
 
@@ -255,16 +256,16 @@ def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependen
 
 def _trellis(array: np.ndarray) -> np.ndarray:
     """Raises ValueError if the array says nothing of a trellis."""
-    if array.ndim == 1:
-        if array.dtype != np.uint16 or array.shape != (2,):
-            raise ValueError("a trellis of no known kind")
+    if array.dtype == np.uint16 and array.shape == (2,) and array[0] > 2 * LARGEST_TABLE:
         return trellis_of(*array.tolist())
+    if array.dtype != np.uint8 or array.ndim != 2:
+        raise ValueError("a trellis of no known kind")
     return array.astype(np.int64)
 
 
 def _stored_trellis(trellis: np.ndarray) -> np.ndarray:
     """The inverse: many states as their polynomials. Raises ValueError if they have none."""
-    if len(trellis) <= 256:
+    if len(trellis) <= LARGEST_TABLE:
         return trellis.astype(np.uint8)
     return np.array(polynomials_of(trellis), np.uint16)
 

@@ -170,7 +170,7 @@ def _to_round(
     distortion = DISTORTIONS[tune]
     worth = windows.rounding_worth(model.net, rgbs, grid, code, distortion)
     y = windows.analysis(model.net, rgbs, grid, code, worth, distortion.corrections)
-    return y, worth * model.net.rounding_weight(code, distortion.coarse_exponent)[:, None, None]
+    return y, worth * model.net.rounding_weight(code, distortion.is_squared_error)[:, None, None]
 
 
 def _one_grid(sizes: Sequence[tuple[int, int]]) -> Geometry:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lic.images import MS_SSIM_C1, MS_SSIM_C2, MS_SSIM_SIGMA, MS_SSIM_WINDOW, ms_ssim_exponents
-from lic.model.codec import COARSE_EXPONENT, CORRECTIONS, IN_TRAINING, Share
+from lic.model.codec import CORRECTIONS, IN_TRAINING, Share
 from lic.model.transforms import LappedShortcut
 from lic.quality import Tune
 
@@ -26,15 +26,13 @@ class Distortion(Protocol):
 
     ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first. ``corrections``: the
     shares of the way that latents are corrected by (:meth:`CodecModel.latents_to_quantise`). ``in_training``: that of
-    training. ``coarse_exponent``: see :meth:`CodecModel.rounding_weight`. ``is_squared_error``: what lowers that lowers
-    this.
+    training. ``is_squared_error``: what lowers that lowers this.
     """
 
     context_weight: float
     damping: float
     corrections: tuple[Share, ...]
     in_training: Share
-    coarse_exponent: float
     is_squared_error: bool
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
@@ -56,7 +54,6 @@ class SquaredError:
     context_weight, damping, is_squared_error = 2.0, 1.0, True
     corrections: tuple[Share, ...] = CORRECTIONS
     in_training = IN_TRAINING
-    coarse_exponent = COARSE_EXPONENT
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         return (shown - seen).square().mean(-1).sum()
@@ -73,7 +70,6 @@ class MsSsim:
     context_weight, damping, is_squared_error = 0.75, 2.0, False
     corrections: tuple[Share, ...] = ((0.2, 1.0),)
     in_training = (0.15, 0.73)
-    coarse_exponent = 0.0
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         pixels = seen.shape[0] * seen.shape[1]

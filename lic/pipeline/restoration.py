@@ -36,7 +36,7 @@ WORTH = (1.0, 2 / 3, 8 / 9)  # squared error of each plane, of the mean of the t
 LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 5, 2
 MAX_PREFIX = 15
 BAND = 64  # rows at a time, so that what is between stays in the cache
-SECTION_BITS = 8 * 2  # of the section table, where a filter is all that is in it
+SECTION_BITS = 8 * 2  # that it adds to the section table, and the table itself
 SWEEPS = 6  # over the coefficients, in search of better ones
 _DAMAGED = "damaged: the filter behind the synthesis cannot be read"
 

@@ -90,7 +90,7 @@ def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, 
 def quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Integers that a network with dependent quantisation chooses for latents y (B, h, w, M) in quantiser steps, given
     integers z, and the dequantised latents. ``worth`` as for :meth:`CodecModel.rounded`."""
-    weight = net.rounding_weight(code)[:, None, None].expand_as(y)
+    weight = net.rounding_weight(code, worth is None)[:, None, None].expand_as(y)
     with exact_arithmetic():
         its_weight = weight if worth is None else worth * weight
         found = quantised_in_steps(net, Geometry(*y.shape[:3]), z, code, y, its_weight)
@@ -251,7 +251,7 @@ def chosen_steps(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -> Generat
     """Dependent quantisation of latents y (B, h, w, M) in quantiser steps, step by step with the context of its own."""
     assert net.dependent is not None
     geometry, schedule = Geometry(*y.shape[:3]), net.context.schedule
-    weight = (net.rounding_weight(code) * SPACING**2)[:, None, None].expand_as(y)
+    weight = (net.rounding_weight(code, True) * SPACING**2)[:, None, None].expand_as(y)
     with exact_arithmetic():
         state = net.context.start(net.h_s(z, code), geometry, code, net.unit(code))
         for step, place in enumerate(places(schedule, geometry)):
