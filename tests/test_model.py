@@ -76,7 +76,7 @@ def test_latents_of_a_linear_orthonormal_transform_need_no_correction() -> None:
     x, code = torch.rand(2, 64, 128, 3) - 0.5, torch.tensor([0.0, MAX_CODE])
     y = net.analysis(x, code).detach()
     torch.testing.assert_close(net.corrected(x, y, code), y, atol=1e-4, rtol=1e-4)
-    away = net.corrected(x, y + 1, code) - y  # 0.45 of the way back, 0.8 of it
+    away = net.corrected(x, y + 1, code, share=(0.45, 0.8)) - y
     torch.testing.assert_close(away, torch.tensor([0.55, 0.2])[:, None, None, None].expand_as(away), atol=1e-3, rtol=0)
 
 

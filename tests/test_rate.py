@@ -125,7 +125,7 @@ def test_real_files_of_a_rate_and_of_a_psnr(codec: lic.Codec, photo: np.ndarray)
     data = codec.encode(photo, target=lic.Target("bpp", 0.4))
     assert 0.985 * 0.4 <= 8 * len(data) / (320 * 240) <= 0.4
     # PSNR may jump where the filter behind the synthesis begins to pay for its bits.
-    assert 33 <= codec.encode_result(photo, target=lic.Target("psnr", 33)).psnr <= 33.04
+    assert 33 <= codec.encode_result(photo, target=lic.Target("psnr", 33)).psnr <= 33.06
     with pytest.raises(lic.UsageError, match="exclude"):
         codec.encode(photo, 40, target=lic.Target("psnr", 33))
 
