@@ -34,9 +34,10 @@ uint64_t bits_at(const uint8_t* data, int64_t size, int64_t position, int count)
     return value;
 }
 
-// The search goes from link to link with the totals of all states. A trellis says how: the place of a state among the totals,
-// of which there are `size`; `words` of 32 choices for a link; link(), which makes the totals behind a link of those before,
-// notes which of its two ways leads to each state, and returns the least total; and way(), which reads what was noted.
+// The search goes from link to link with the totals of all states. A trellis says how: the place of a state among the
+// totals, of which there are `size`; `words` of 32 choices for a link; link(), which makes the totals behind a link of
+// those before, notes which of its two ways leads to each state, and returns the least total; and way(), which reads
+// what was noted.
 
 struct AnyTrellis {
     const int64_t *before, *branch;
@@ -143,7 +144,8 @@ struct ShiftRegister {
                     total[k] = is_other ? b : a;
                     least = total[k] < least ? total[k] : least;
                 }
-                const Floats even = SHUFFLED(total[0], total[1], 0, 2, 4, 6), odd = SHUFFLED(total[0], total[1], 1, 3, 5, 7);
+                const Floats even = SHUFFLED(total[0], total[1], 0, 2, 4, 6);
+                const Floats odd = SHUFFLED(total[0], total[1], 1, 3, 5, 7);
                 std::memcpy(next + g * WIDTH / 2, &even, sizeof even);
                 std::memcpy(next + half + g * WIDTH / 2, &odd, sizeof odd);
             }
@@ -162,7 +164,8 @@ void search(const Trellis& trellis, const float* costs, int64_t n, const Parts& 
             const int64_t* branch, int64_t* path, int64_t* passed) {
     const int64_t states = trellis.states, words = trellis.words;
     int64_t longest = 0;
-    for (int64_t part = 0; part < parts.count; ++part) longest = std::max(longest, parts.ends[part] - parts.begins[part]);
+    for (int64_t part = 0; part < parts.count; ++part)
+        longest = std::max(longest, parts.ends[part] - parts.begins[part]);
     std::vector<float> now(trellis.size), next(trellis.size);
     std::vector<uint32_t> noted(longest * words);
     for (int64_t part = 0; part < parts.count; ++part) {
@@ -171,7 +174,8 @@ void search(const Trellis& trellis, const float* costs, int64_t n, const Parts& 
             now[trellis.place(s)] = first < 0 || first == s ? 0.0f : std::numeric_limits<float>::infinity();
         float least = 0.0f;  // taken away, so that single precision is enough
         for (int64_t i = begin; i < end; ++i) {
-            const float cost[4] = {costs[i] - least, costs[n + i] - least, costs[2 * n + i] - least, costs[3 * n + i] - least};
+            float cost[4];
+            for (int k = 0; k < 4; ++k) cost[k] = costs[k * n + i] - least;
             least = trellis.link(now.data(), next.data(), cost, noted.data() + (i - begin) * words);
             now.swap(next);
         }
@@ -258,8 +262,8 @@ int64_t lic_states(const int64_t* symbols, int64_t n, const int64_t* trellis, in
     return state;
 }
 
-// Paths of least cost through `count` parts of n latents. costs: (4, n), of the branches 2*quantiser + parity. before and
-// branch: (2, states), the two ways into each state. Returns -1 without memory.
+// Paths of least cost through `count` parts of n latents. costs: (4, n), of the branches 2*quantiser + parity. before
+// and branch: (2, states), the two ways into each state. Returns -1 if there is not enough memory.
 int64_t lic_search(const float* costs, int64_t n, const int64_t* begins, const int64_t* ends, const int64_t* first,
                    const int64_t* last, int64_t count, const int64_t* before, const int64_t* branch, int64_t states,
                    int64_t* path, int64_t* passed) {

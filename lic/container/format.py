@@ -35,7 +35,7 @@ NAME_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789._-"
 CODERS = (0,)  # what this version reads and writes
 ALPHA = "Alph"  # the section that holds the transparency
 FILTER = "Filt"  # the section that holds the filter behind the synthesis
-MAX_SECTIONS = 127
+MAX_SECTIONS = 127  # 7 bits of the table
 MANDATORY_SECTIONS = frozenset({ALPHA, FILTER})
 
 # signature; version, coder; entropy id; synthesis id; symbols CRC; quality; streams; flags of colour, effort, tiled
