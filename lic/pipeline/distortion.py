@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -38,6 +39,13 @@ class Distortion(Protocol):
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         """Of pixels (H, W, C) against those of the source, both in 0..255: a scalar, summed over the pixels."""
 
+    def expansion(self, shown: Tensor, seen: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """How :meth:`error` changes when something small is added to the pixels that are shown.
+
+        Its derivative to them, (H, W, C), and the worths of squares at scales 0, 1, ...: of the mean of what is added
+        over each 2**scale by 2**scale pixels, (⌈H/2**scale⌉, ⌈W/2**scale⌉, C) or (1, 1, C).
+        """
+
     def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
         """How many times the weight that squared error gives it each latent has, (B, h, w, M) or one for all.
 
@@ -58,6 +66,10 @@ class SquaredError:
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         return (shown - seen).square().mean(-1).sum()
 
+    def expansion(self, shown: Tensor, seen: Tensor) -> tuple[Tensor, list[Tensor]]:
+        channels = seen.shape[-1]
+        return 2 / channels * (shown - seen), [torch.full((1, 1, channels), 1 / channels, device=seen.device)]
+
     def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
         return torch.ones(1, 1, 1, 1, device=seen.device)
 
@@ -75,19 +87,24 @@ class MsSsim:
         pixels = seen.shape[0] * seen.shape[1]
         return MS_SSIM_WORTH * pixels * (1 - ms_ssim(shown, seen))
 
+    @torch.enable_grad()
+    def expansion(self, shown: Tensor, seen: Tensor) -> tuple[Tensor, list[Tensor]]:
+        shown = shown.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.error(shown, seen), shown)
+        return slope, [
+            4**scale * MS_SSIM_WORTH / seen.shape[-1] * worth.movedim(0, -1)
+            for scale, worth in enumerate(_worths(shown.detach(), seen))
+        ]
+
     def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
-        """1 - MS-SSIM is about a sum over scales of squared errors with weights 1/(2σ² + C2), σ² the source's variance.
+        """The sum over scales of :func:`_worths`, as the functions of the latents reach them.
 
         No latent gets much less than others at its place, nor less than those around it: g_s carries errors over to
         them, and what moved far for its own small weight would harm more than it saves.
         """
-        planes, total = _planes(seen), torch.zeros((), device=seen.device)
-        for scale, exponent in enumerate(ms_ssim_exponents(min(seen.shape[1:3]))):
-            mean = _blur(_mirrored(planes))
-            variance = (_blur(_mirrored(planes.square())) - mean.square()).clamp(min=0)
-            worth = exponent * _blur(_mirrored(1 / (2 * variance + MS_SSIM_C2)))
+        total = torch.zeros((), device=seen.device)
+        for scale, worth in enumerate(_worths(seen, seen)):
             total = total + shortcut.energy(worth.unflatten(0, (len(seen), -1)).movedim(1, -1), 2**scale)
-            planes = _halved(planes)
         mean = total.mean(-1, keepdim=True)
         around = F.max_pool2d(mean.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
         least = OF_CHANNELS * torch.maximum(mean, OF_NEIGHBOURS * around)
@@ -113,8 +130,28 @@ def ms_ssim(shown: Tensor, seen: Tensor) -> Tensor:
         if scale == len(exponents) - 1:
             term = term * (2 * mean_x * mean_y + MS_SSIM_C1) / (mean_x.square() + mean_y.square() + MS_SSIM_C1)
         result = result * term.mean(dim=(1, 2)).clamp(min=LEAST_TERM) ** exponent
-        x, y = _halved(x), _halved(y)
+        x, y = halved(x), halved(y)
     return result.unflatten(0, (*seen.shape[:-3], -1)).mean(-1)
+
+
+def _worths(shown: Tensor, seen: Tensor) -> Iterator[Tensor]:
+    """Worths of squares at each scale of MS-SSIM, (N, H, W) of the planes of pixels (..., H, W, C) in 0..255.
+
+    A term of SSIM is (2·c + C2) / (v + w + C2), c being the covariance and v and w the variances of both pictures, and
+    what is added to one of them and fits the other no better increases its variance alone: 1 - MS-SSIM grows by about a
+    sum over scales of squares with weights (2·c + C2) / (v + w + C2)².
+    """
+    x, y = _planes(shown), _planes(seen)
+    for exponent in ms_ssim_exponents(min(seen.shape[-3:-1])):
+        mean_x, mean_y = _blur(_mirrored(x)), _blur(_mirrored(y))
+        var_x, var_y = (
+            (_blur(_mirrored(planes.square())) - mean.square()).clamp(min=0)
+            for planes, mean in ((x, mean_x), (y, mean_y))
+        )
+        covariance = (_blur(_mirrored(x * y)) - mean_x * mean_y).clamp(min=0)
+        term = 2 * covariance + MS_SSIM_C2
+        yield exponent * _blur(_mirrored(term / (var_x + var_y + MS_SSIM_C2).square()))
+        x, y = halved(x), halved(y)
 
 
 def _planes(pixels: Tensor) -> Tensor:
@@ -140,7 +177,7 @@ def _mirrored(planes: Tensor) -> Tensor:
     return F.pad(planes.unsqueeze(1), (width, width, height, height), mode="reflect").squeeze(1)
 
 
-def _halved(planes: Tensor) -> Tensor:
+def halved(planes: Tensor) -> Tensor:
     """Means of 2×2 blocks; an odd last row or column is repeated."""
     odd_height, odd_width = (side % 2 for side in planes.shape[1:])
     return F.avg_pool2d(F.pad(planes.unsqueeze(1), (0, odd_width, 0, odd_height), mode="replicate"), 2).squeeze(1)

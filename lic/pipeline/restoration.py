@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lic.container import FILTER, BitReader, BitWriter, Section
 from lic.errors import CorruptError
+from lic.pipeline.distortion import halved
 from lic.quality import lambda_of, step_of
 
 REACH = 3  # pixels
@@ -32,7 +33,7 @@ OF_SAMPLES = 3  # features that are no differences
 FEATURES = OF_SAMPLES + 2 * len(NEIGHBOURS)
 CLIPPED = 0.25  # of the quantiser's step
 MIDDLE = 127.5  # of samples 0..255
-WORTH = (1.0, 2 / 3, 8 / 9)  # squared error of each plane, of the mean of the three squared errors of RGB
+COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (2 / 3, -4 / 3, 2 / 3))  # what each plane adds to red, green and blue
 LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 5, 2
 MAX_PREFIX = 15
 BAND = 64  # rows at a time, so that what is between stays in the cache
@@ -107,39 +108,49 @@ class Restoration:
 
 
 class Statistics:
-    """What the best filter of a picture follows from: products of its features and its errors, summed."""
+    """What the best filter of a picture follows from: how an error changes with what each feature adds."""
 
     def __init__(self, channels: int) -> None:
-        self._sums = np.zeros((channels, FEATURES + 1, FEATURES + 1))
+        self._products = np.zeros((channels, FEATURES, FEATURES))
+        self._wanted = np.zeros((channels, FEATURES))
         self._pixels = 0
 
-    def add(self, decoded: Tensor, seen: Tensor, code: float) -> None:
-        """Pixels (H, W, C) that were encoded, 0..255, and the decoded ones with REACH more at each side."""
+    def add(self, decoded: Tensor, code: float, slope: Tensor, worths: Sequence[Tensor]) -> None:
+        """Decoded pixels with REACH more at each side, 0..255, and how the error changes with what is added to them.
+
+        That is the derivative (H, W, C) and the worths of squares, as :meth:`Distortion.expansion` gives them.
+        """
         clipped = CLIPPED * step_of(code)
-        self._pixels += seen.shape[0] * seen.shape[1]
-        for band, wanted in zip(_bands(decoded), seen.split(BAND), strict=True):
+        self._pixels += slope.shape[0] * slope.shape[1]
+        bands = (_bands_of(worth, BAND >> scale, len(slope)) for scale, worth in enumerate(worths))
+        for band, its_slope, *its_worths in zip(_bands(decoded), slope.split(BAND), *bands, strict=True):
             planes = _planes(band)
-            for index, target in enumerate(_planes(wanted)):
-                error = target - _inner(planes[index], 0, 0)
-                both = torch.stack([*_features(planes, index, clipped), error]).flatten(1)
-                self._sums[index] += (both @ both.T).double().cpu().numpy()
+            for index, colour in enumerate(COLOURS[: len(planes)]):
+                mixed = its_slope.new_tensor(colour[: slope.shape[2]])
+                features = torch.stack([*_features(planes, index, clipped)])
+                wanted = features.flatten(1) @ (its_slope @ mixed).flatten() / -2
+                self._wanted[index] += wanted.double().cpu().numpy()
+                for scale, worth in enumerate(its_worths):
+                    features = halved(features) if scale else features
+                    weighted = features * (worth @ mixed.square())
+                    products = weighted.flatten(1) @ features.flatten(1).T
+                    self._products[index] += products.double().cpu().numpy()
 
     def best(self, code: float, pixels: int) -> Restoration | None:
-        """The filter of least bits + λ·squared error, for a picture of so many pixels; None if none is worth its bits.
+        """The filter of least bits + λ·error, for a picture of so many pixels; None if none is worth its bits.
 
         What was added may have been a part of the picture.
         """
-        worth = [1.0] if len(self._sums) == 1 else WORTH
         times = lambda_of(code) * pixels / max(1, self._pixels)
-        found = [_best(sums, times * its) for sums, its in zip(self._sums, worth, strict=True)]
+        each = zip(self._products, self._wanted, strict=True)
+        found = [_best(times * products, times * wanted) for products, wanted in each]
         if sum(gain for _, gain in found) <= SECTION_BITS:
             return None
         return Restoration(tuple(plane for plane, _ in found))
 
 
-def _best(sums: np.ndarray, times: float) -> tuple[Coefficients, float]:
-    """Coefficients of a plane for the least bits + times·squared error, and by how much that is less than without."""
-    products, wanted = times * sums[:-1, :-1], times * sums[:-1, -1]
+def _best(products: np.ndarray, wanted: np.ndarray) -> tuple[Coefficients, float]:
+    """Coefficients of a plane for the least bits + λ·error, and by how much that is less than without."""
     size = np.sqrt(np.diag(products)) + 1e-9
     exact = np.linalg.solve(products / size / size[:, None] + 1e-5 * np.eye(FEATURES), wanted / size) / size
     best, most = Coefficients(LEAST_SHIFT, ()), 0.0
@@ -234,6 +245,11 @@ def _bands(pixels: Tensor) -> Iterator[Tensor]:
     """Rows (BAND + 2·REACH or fewer, W, C) of pixels that have REACH more at each side."""
     for top in range(0, len(pixels) - 2 * REACH, BAND):
         yield pixels[top : top + BAND + 2 * REACH]
+
+
+def _bands_of(worth: Tensor, rows: int, height: int) -> Sequence[Tensor]:
+    """Those of a worth that belong to :func:`_bands`: one that is the same everywhere belongs to all of them."""
+    return [worth] * -(-height // BAND) if worth.shape[:2] == (1, 1) else worth.split(rows)
 
 
 def _planes(pixels: Tensor) -> list[Tensor]:

@@ -202,8 +202,9 @@ def restorations(
 ) -> list[Restoration | None]:
     """The filter behind g_s that is worth its bits, of each of B pictures, for dequantised latents (B, h, w, M).
 
-    It is that of the least squared error; with another ``distortion`` it must lower that too, by its bits, where it is
-    looked at. Of a large picture LOOKED_AT windows and a few more are.
+    It is that of the least distortion as far as that is a quadratic function of what is added to the pixels; if it is
+    not, the filter must really lower it by its bits, where it is looked at. Of a large picture LOOKED_AT windows and a
+    few more are.
     """
     all_windows = [(*rows, *columns) for rows in _windows(net, y.shape[1]) for columns in _windows(net, y.shape[2])]
     stride = max(1, len(all_windows) // LOOKED_AT)
@@ -218,7 +219,8 @@ def restorations(
                 continue
             around = _with_surroundings(part, window, box, gray=picture.shape[2] == 1)
             around = around[: seen.shape[0] + 2 * REACH, : seen.shape[1] + 2 * REACH]
-            statistics[i].add(around, seen, its_code)
+            inner = around[REACH:-REACH, REACH:-REACH]
+            statistics[i].add(around, its_code, *distortion.expansion(inner, seen))
             if not distortion.is_squared_error:
                 looked_at[i].append((around, seen))
     found = [

@@ -34,7 +34,7 @@ from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
 from lic.quality import TUNES, Tune
 from lic.train.calibration import calibrate
 from lic.train.data import CHROMA_PART, PATTERN_PART, Pictures, sample
-from lic.train.dependent import dequantised, quantised
+from lic.train.dependent import ToQuantise, quantised
 from lic.train.latents import StoredLatents
 from lic.train.optimizers import make_optimizers
 
@@ -42,7 +42,7 @@ STATE_VERSION = 10
 LOSS_EXPONENT = 0.4
 MAX_COST = 20.0  # what one crop adds to a batch's loss: 99 of 100 crops of photographs cost less, patterns up to 20,000
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
-ENCODED, ENCODED_USES = 16, 3  # batches of dependently quantised latents at hand, and steps that each serves
+ENCODED, ENCODED_USES = 20, 5  # batches of dependently quantised latents at hand, and steps that each serves
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
 
@@ -485,8 +485,10 @@ class Trainer:
         known = place in self.encoded and self.encoded[place][0].shape[:2] == (batch, crop)
         if not known or turn % ENCODED_USES == place % ENCODED_USES:
             x, code = self._sample(pictures, batch, crop)
-            latents = dequantised(encoder, x, code, self._worth(x), DISTORTIONS[self.settings.tune].corrections)
-            self.encoded[place] = x, latents, code
+            worth, shares = self._worth(x), DISTORTIONS[self.settings.tune].corrections
+            with self.autocast():
+                to_quantise = ToQuantise.of(encoder, x, code, worth, shares)
+            self.encoded[place] = x, quantised(encoder, *to_quantise, worth)[1], code
         return self.encoded[place]
 
     @torch.no_grad()
