@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import lic as package
 from lic import container
+from lic.bench.metrics import ms_ssim
 from lic.container import FILTER, Section
 from lic.errors import CorruptError
 from lic.pipeline import windows
-from lic.pipeline.distortion import MsSsim
+from lic.pipeline.distortion import Distortion, MsSsim, SquaredError, halved
 from lic.pipeline.restoration import FEATURES, REACH, Coefficients, Restoration, Statistics
 from lic.quality import code_of, lambda_of, step_of
 
+DATA = Path(__file__).parent / "data"
 CODE = code_of(40)
 VALUES = st.lists(st.integers(-(2**15), 2**15) | st.integers(-3, 3), max_size=FEATURES).map(tuple)
 COEFFICIENTS = st.builds(Coefficients, st.integers(4, 11), VALUES)
@@ -109,8 +113,40 @@ def test_it_does_what_the_specification_says(channels: int) -> None:
 
 def statistics_of(decoded: torch.Tensor, seen: torch.Tensor) -> Statistics:
     statistics = Statistics(seen.shape[-1])
-    statistics.add(decoded, seen, CODE)
+    statistics.add(decoded, CODE, *SquaredError().expansion(inner(decoded), seen))
     return statistics
+
+
+def inner(decoded: torch.Tensor) -> torch.Tensor:
+    return decoded[REACH:-REACH, REACH:-REACH]
+
+
+def expanded(distortion: Distortion, shown: torch.Tensor, seen: torch.Tensor, added: torch.Tensor) -> float:
+    """What the expansion of a distortion says that something added to what is shown changes."""
+    slope, worths = distortion.expansion(shown, seen)
+    change, planes = float((slope * added).sum()), added.movedim(-1, 0)
+    for worth in worths:
+        change += float((worth.movedim(-1, 0) * planes.square()).sum())
+        planes = halved(planes)
+    return change
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_squared_error_is_its_expansion(channels: int) -> None:
+    shown, seen, added = 255 * torch.rand(3, 21, 34, channels, generator=torch.Generator().manual_seed(channels))
+    wanted = SquaredError().error(shown + added, seen) - SquaredError().error(shown, seen)
+    assert expanded(SquaredError(), shown, seen, added) == pytest.approx(float(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ms_ssim_is_about_its_expansion(channels: int) -> None:
+    generator = torch.Generator().manual_seed(channels)
+    seen = torch.from_numpy(textured(channels)).float()
+    noise = torch.randn(3, *seen.shape, generator=generator)
+    distortion, shown = MsSsim(), seen + 8 * noise[0]
+    for added in (2 * noise[1], 8 * noise[1], 0.2 * (seen - shown), 0.6 * (seen - shown) + noise[2]):
+        change = float(distortion.error(shown + added, seen) - distortion.error(shown, seen))
+        assert expanded(distortion, shown, seen, added) == pytest.approx(change, rel=0.15)
 
 
 def test_the_best_filter_undoes_what_a_filter_has_done() -> None:
@@ -182,7 +218,7 @@ def test_windows_leave_no_seam(codec: package.Codec, monkeypatch: pytest.MonkeyP
 def test_of_a_large_picture_some_windows_tell_it(codec: package.Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows, "WINDOW", 4)
     few = []
-    monkeypatch.setattr(Statistics, "add", lambda self, decoded, seen, code: few.append(seen.shape))
+    monkeypatch.setattr(Statistics, "add", lambda self, decoded, code, slope, worths: few.append(slope.shape))
     codec.encode(textured(), 60)
     assert windows.LOOKED_AT <= len(few) <= 2 * windows.LOOKED_AT
 
@@ -217,7 +253,17 @@ def test_another_distortion_has_a_say(codec: package.Codec, monkeypatch: pytest.
 
     def rising(self: object, shown: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         seen.append(1.0)
-        return torch.tensor(float(len(seen)))
+        return len(seen) + 0 * shown.sum()
 
     monkeypatch.setattr(MsSsim, "error", rising)
     assert not container.parse(codec.encode(textured(), 60, tune="ms-ssim", effort=0)).sections
+
+
+def test_ms_ssim_has_a_filter_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = np.asarray(Image.open(DATA / "demo.png").convert("RGB"))[:256, :256]
+    codec, found = package.Codec("base", "cpu"), []
+    for expansion in (MsSsim.expansion, SquaredError.expansion):
+        monkeypatch.setattr(MsSsim, "expansion", expansion)
+        data = codec.encode(picture, 40, tune="ms-ssim")
+        found.append((ms_ssim(picture, codec.decode_array(data)), len(data)))
+    assert found[0][0] > found[1][0] + 0.0002 and found[0][1] < found[1][1] + 30

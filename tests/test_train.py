@@ -28,13 +28,14 @@ from scipy.special import ndtr
 import lic
 from lic.errors import LicError, UnsupportedError
 from lic.model import store
-from lic.model.codec import CORRECTIONS, CodecModel
+from lic.model.codec import CodecModel
 from lic.model.config import CONFIGS
 from lic.model.dependent import SPACING, Forgetful
+from lic.model.layers import Matrix
 from lic.train.chroma import soften_chroma
 from lic.train.cli import command
 from lic.train.data import Pictures, Pool, sample
-from lic.train.dependent import ToQuantise, chosen_steps, dequantised
+from lic.train.dependent import ToQuantise, chosen_steps, quantised
 from lic.train.export import export
 from lic.train.latents import StoredLatents, store_latents
 from lic.train.patterns import draw_patterns
@@ -390,17 +391,24 @@ def test_context_model_alone_on_dependently_quantised_latents(photos: Path, tmp_
     assert after < before
 
 
-@pytest.mark.parametrize("name", ["tiny-dependent", "tiny-chain"])
-def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path: Path, name: str) -> None:
+def dequantised(net: CodecModel, x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    return quantised(net, *ToQuantise.of(net, x, code), None)[1]
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("synthesis", "tiny-dependent"), ("synthesis", "tiny-chain"), ("synthesis-adapters", "tiny-chain")],
+)
+def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path: Path, part: str, name: str) -> None:
     net = store.load_file(store.read_info(DATA / "models" / f"{name}.safetensors")).net
     source = prepared(photos)
-    trainer = Trainer(replace(SETTINGS, part="synthesis", learning_rate=3e-4, warm_up_steps=1), CPU)
+    trainer = Trainer(replace(SETTINGS, part=part, learning_rate=3e-4, warm_up_steps=1), CPU)
     trainer.start_from(net.state_dict(), net.dependent)
     encoder = trainer.encoder
     assert encoder is not None and encoder.dependent is net.dependent
     x, code = sample(source, 8, 64, trainer.generator, pattern_part=0)
-    latents = dequantised(encoder, x, code, None, CORRECTIONS)
-    exact = dequantised(net, x, code, None, CORRECTIONS)  # which rounds a little otherwise on the way
+    latents = dequantised(encoder, x, code)
+    exact = dequantised(net, x, code)  # which rounds a little otherwise on the way
     assert (latents - exact).abs().mean() < 0.1 * exact.abs().mean()
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     with torch.no_grad():
@@ -408,9 +416,13 @@ def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path
     take_steps(trainer, source, 20)
     with torch.no_grad():
         assert trainer.error_loss(x, latents, code)[0] < loss
-    changed = {k.partition(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
-    assert {"g_s"} <= changed <= {"g_s", "log_igain"}
-    assert torch.equal(dequantised(encoder, x, code, None, CORRECTIONS), latents)
+    changed = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"g_s"} <= {k.partition(".")[0] for k in changed} <= {"g_s", "log_igain"}
+    matrices = {"g_s." + k for k, m in trainer.model.g_s.named_modules() if isinstance(m, Matrix)}
+    assert {k.removesuffix(".weight") for k in changed} & matrices == (matrices if part == "synthesis" else set())
+    if part == "synthesis-adapters":
+        assert {m + ".left" for m in matrices} <= changed
+    assert torch.equal(dequantised(encoder, x, code), latents)
     trainer.save(tmp_path / "state.pt")
     following = take_steps(trainer, source, 2)
     restored = Trainer.restore(tmp_path / "state.pt", CPU)

@@ -23,14 +23,25 @@ from lic.quality import TUNES
 @click.option(
     "--part",
     type=click.Choice(
-        ["all", "context", "nonlocal", "transforms", "synthesis", "gains", "tables", "vectors", "adapters"]
+        [
+            "all",
+            "context",
+            "nonlocal",
+            "transforms",
+            "synthesis",
+            "gains",
+            "tables",
+            "vectors",
+            "adapters",
+            "synthesis-adapters",
+        ]
     ),
     default="all",
     show_default=True,
     help="What to train: everything, or only a part of --init: the context model on its latents, "
     "the non-local modules with the context model, analysis and synthesis, the synthesis, the scaling factors of the "
     "latents, all tables by quality, these with the biases and depthwise kernels of analysis and synthesis, these with "
-    "additions of low rank to their matrices.",
+    "additions of low rank to their matrices, what of these belongs to the synthesis.",
 )
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True, help="Of such additions.")
 @click.option("--tune", type=click.Choice(TUNES), default=TUNES[0], show_default=True, help="What distortion is.")

@@ -80,13 +80,6 @@ def dependently_quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor) -
 
 
 @torch.no_grad()
-def dequantised(net: CodecModel, x: Tensor, code: Tensor, worth: Tensor | None, shares: Sequence[Share]) -> Tensor:
-    """What the decoder of a network with dependent quantisation gets for pixels x: latents (B, h, w, M) in quantiser
-    steps. ``worth`` and ``shares`` as for :meth:`CodecModel.latents_to_quantise`."""
-    return quantised(net, *ToQuantise.of(net, x, code, worth, shares), worth)[1]
-
-
-@torch.no_grad()
 def quantised(net: CodecModel, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Integers that a network with dependent quantisation chooses for latents y (B, h, w, M) in quantiser steps, given
     integers z, and the dequantised latents. ``worth`` as for :meth:`CodecModel.rounded`."""

@@ -57,8 +57,11 @@ PARTS = {
     "tables": "these, centroids and the transforms' other tables by quality, the scales and offsets of their stages",
     "vectors": "these and the transforms' biases and depthwise kernels: all of them but their matrices",
     "adapters": "these and additions of low rank to the matrices (--rank)",
+    "synthesis-adapters": "all of these that belong to the synthesis, on latents quantised as the encoder does",
 }
 WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
+WITH_ADAPTERS = ("adapters", "synthesis-adapters")  # the parts that have them
+OF_SYNTHESIS = ("synthesis", "synthesis-adapters")  # the parts that learn from latents that stay as they are
 VECTORS, ADAPTERS = (".bias", ".spatial.weight"), (".left", ".right")
 
 
@@ -71,6 +74,8 @@ def is_trained(part: str, name: str) -> bool:
             more = {"tables": (), "vectors": VECTORS, "adapters": VECTORS + ADAPTERS}[part]
             return ".quality." in name or name.endswith(more)
         return name.startswith(("log_gain.", "log_igain.", "centroids"))
+    if part == "synthesis-adapters":
+        return name.startswith(("g_s.", "log_igain.")) and is_trained("adapters", name)
     if part in ("transforms", "synthesis"):
         return name.startswith(("g_s.", "log_igain.", "centroids") + (("g_a.", "h_a.") if part == "transforms" else ()))
     return part == "all" or name.startswith("context.") or (part == "nonlocal" and ".non_local." in name)
@@ -147,7 +152,7 @@ class Trainer:
             raise LicError(f"the sides of crops must be multiples of {HYPER_DOWNSAMPLING}")
         torch.manual_seed(settings.seed)
         self.model = CodecModel(config)
-        if settings.part == "adapters":
+        if settings.part in WITH_ADAPTERS:
             self.model.adapt(settings.rank)
         self.model.to(device)
         for name, parameter in self.model.named_parameters():
@@ -250,7 +255,7 @@ class Trainer:
                 weights = {k: v for k, v in weights.items() if not k.startswith("context.")}
                 fresh |= {k: v for k, v in own.items() if k.startswith("context.")}
             weights = fresh | weights
-        elif self.settings.part == "adapters":
+        elif self.settings.part in WITH_ADAPTERS:
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
         self.model.load_state_dict(weights)
         if self.settings.part not in WITH_ENTROPY_MODEL and dependent is not None:
@@ -267,11 +272,14 @@ class Trainer:
         these correct latents by their synthesis, which then learns from what itself has shifted, and drifts. Other
         parts quantise their own latents, whose rate holds them.
         """
-        if self.settings.part != "synthesis":
+        if self.settings.part not in OF_SYNTHESIS:
             self.model.quantise(dependent)
             self.model.unit_tables = None  # of the gains as they are, not as they were
             return
-        self.encoder = CodecModel(self.model.config).to(self.device).requires_grad_(False)
+        self.encoder = CodecModel(self.model.config)
+        if self.settings.part in WITH_ADAPTERS:
+            self.encoder.adapt(self.settings.rank)
+        self.encoder.to(self.device).requires_grad_(False)
         self.encoder.load_state_dict(weights)
         self.encoder.g_s.limit = self.model.g_s.limit
         self.encoder.quantise(dependent)
@@ -371,7 +379,7 @@ class Trainer:
         """What the next step does."""
         s, progress = self.settings, self.progress()
         batch, crop = (s.late_batch, s.late_crop) if progress >= 0.75 else (s.batch, s.crop)
-        refine = s.part == "synthesis" or progress >= 1 - s.refine_part
+        refine = s.part in OF_SYNTHESIS or progress >= 1 - s.refine_part
         frozen = refine or (s.part == "all" and progress < s.frozen_part)
         return Phase(batch, crop, frozen, refine or s.part not in WITH_ENTROPY_MODEL)
 
@@ -416,8 +424,10 @@ class Trainer:
         return quantised(self.model, y, z, code, worth)
 
     @torch.no_grad()
-    def _worth(self, x: Tensor) -> Tensor:
-        """Of the errors of the latents of pixels x, for rounding."""
+    def _worth(self, x: Tensor) -> Tensor | None:
+        """Of the errors of the latents of pixels x, for rounding, as :meth:`CodecModel.rounded` wants it."""
+        if DISTORTIONS[self.settings.tune].is_squared_error:
+            return None
         return DISTORTIONS[self.settings.tune].rounding(self.model.shortcut, (x + 0.5) * 255)
 
     def _distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
@@ -561,7 +571,7 @@ def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
     """
     state = _read_state(state_path)
     model = CodecModel(Config.from_json(state["config"]))
-    if state["settings"]["part"] == "adapters":
+    if state["settings"]["part"] in WITH_ADAPTERS:
         model.adapt(state["settings"]["rank"])
     model.load_state_dict(state["average"])
     model.quantise(_dependent(state))
