@@ -664,3 +664,26 @@ def test_crops_come_from_the_pictures() -> None:
         flat = bool((crop == crop[0, 0, 0]).all())
         steps = torch.cat([crop.diff(dim=0).flatten(), crop.diff(dim=1).flatten()]).abs()
         assert (flat and int(crop[0, 0, 0]) in (10, 200)) or set(steps.tolist()) == {0, 1}
+
+
+def test_the_mean_of_two_runs(photos: Path, tmp_path: Path) -> None:
+    source, states = prepared(photos), [tmp_path / name for name in ("one.pt", "two.pt", "another.pt")]
+    weights = store.load_file(store.read_info(DATA / "models" / "tiny.safetensors")).net.state_dict()
+    for seed, (path, part) in enumerate(zip(states, ["synthesis", "synthesis", "transforms"], strict=True)):
+        trainer = Trainer(replace(SETTINGS, part=part, seed=seed), CPU)
+        trainer.start_from(weights)
+        take_steps(trainer, source, 3)
+        trainer.save(path)
+    main = runpy.run_path(str(SCRIPTS / "average_states.py"))["main"]
+    both = tmp_path / "both.pt"
+    assert CliRunner().invoke(main, [*map(str, states[:2]), str(both)]).exit_code == 0
+    (one, facts), (two, _), (mean, sums) = (averaged_model(path) for path in (*states[:2], both))
+    assert sums["step"] == 6 and sums["pixels"] == 2 * facts["pixels"]
+    different = 0
+    for a, b, c in zip(one.parameters(), two.parameters(), mean.parameters(), strict=True):
+        assert torch.allclose((a + b) / 2, c, atol=1e-6)
+        different += not torch.equal(a, b)
+    assert different > 0
+    again = CliRunner().invoke(main, [*map(str, states[:2]), str(both)])
+    mixed = CliRunner().invoke(main, [*map(str, states[1:]), str(tmp_path / "mixed.pt")])
+    assert again.exit_code == 2 and isinstance(mixed.exception, LicError)

@@ -210,7 +210,7 @@ class Trainer:
 
         Raises LicError on a state of another version.
         """
-        state = _read_state(path)
+        state = read_state(path)
         trainer = cls(Settings(**state["settings"]), device, Config.from_json(state["config"]))
         trainer.model.load_state_dict(state["model"])
         if (dependent := _dependent(state)) is not None:
@@ -534,7 +534,8 @@ def _weighted(y_bits: Tensor, z_bits: Tensor, distortion: Tensor, code: Tensor, 
     return loss, metrics.detach()
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """What :meth:`Trainer.save` wrote, on the CPU. Raises LicError on a state of another version."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if state.get("version") != STATE_VERSION:
         raise LicError(f"{path}: state version {state.get('version')}, this lic needs {STATE_VERSION}")
@@ -569,7 +570,7 @@ def averaged_model(state_path: Path) -> tuple[CodecModel, dict[str, Any]]:
 
     Raises LicError on a state of another version.
     """
-    state = _read_state(state_path)
+    state = read_state(state_path)
     model = CodecModel(Config.from_json(state["config"]))
     if state["settings"]["part"] in WITH_ADAPTERS:
         model.adapt(state["settings"]["rank"])
