@@ -221,7 +221,9 @@ def test_compiled_loops_find_the_same_in_many_blocks(gaussian: Dependent, monkey
     chosen = gaussian.choose(*batch)
     assert np.array_equal(gaussian.choose(*batch, threads=3), chosen)
     monkeypatch.setenv("LIC_CODER", "python")
-    assert np.array_equal(gaussian.choose(*batch), chosen)
+    for beside in (dependent.BESIDE, 3):
+        monkeypatch.setattr(dependent, "BESIDE", beside)
+        assert np.array_equal(gaussian.choose(*batch), chosen)
 
 
 @needs_loops

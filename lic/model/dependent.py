@@ -35,6 +35,7 @@ from lic.model.neighbours import FRACTIONS, Neighbours, Piece
 SPACING_LOG2 = -3400  # of the integers' distance in quantiser steps: 9/16, in 4096ths of an octave
 SPACING = 2.0 ** (SPACING_LOG2 / 4096)
 BLOCK, WINDOW = 4096, 256  # latents that the search goes through at a time, and looks at each way to tie these up
+BESIDE = 64  # blocks that numpy searches side by side: it remembers half a kilobyte for each latent of them
 COARSE = 4  # of them that tables of large latents tell apart
 QUANTISERS = 2
 MAX_STATES = 4096
@@ -331,7 +332,26 @@ class Dependent:
             compiled.search(costs, (begins, ends, first, last), before, branch, (path, passed), threads)
             return path, passed
         order = np.argsort(begins - ends, kind="stable")  # the longest first
-        begins, lengths, first, last = begins[order], (ends - begins)[order], first[order], last[order]
+        for at in np.split(order, range(BESIDE, len(order), BESIDE)):
+            part = begins[at], (ends - begins)[at], first[at], last[at]
+            self._search_beside(costs, *part, (before, branch), (path, passed))
+        return path, passed
+
+    def _search_beside(
+        self,
+        costs: Floats,
+        begins: Ints,
+        lengths: Ints,
+        first: Ints,
+        last: Ints,
+        ways: tuple[Ints, Ints],
+        result: tuple[Ints, Ints],
+    ) -> None:
+        """:meth:`_search` of some parts side by side, the longest first, into ``result``. ``ways``: into each state,
+        the two states before and the branches, (2, states) each."""
+        before, branch = ways
+        path, passed = result
+        states = len(self.trellis)
         links = [begins[: np.count_nonzero(lengths > i)] + i for i in range(lengths.max(initial=0))]
         total = np.where((first < 0) | (np.arange(states)[:, None] == first), 0, np.inf).astype(np.float32)
         choices = []
@@ -352,7 +372,6 @@ class Dependent:
             way = choice[row, np.arange(n)].astype(np.int64) >> bit & 1
             path[link] = branch[way, state[:n]]
             passed[link] = state[:n] = before[way, state[:n]]
-        return path, passed
 
     def _best(
         self, y: Floats, scale_index: Ints, eighths: Ints, weight: Floats, quantiser: int, kind: int
