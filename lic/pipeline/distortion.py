@@ -18,7 +18,6 @@ from lic.quality import Tune
 # one and for the other, 1220 to 1330.
 MS_SSIM_WORTH = 1280.0
 OF_CHANNELS, OF_NEIGHBOURS = 0.3, 0.5  # least share of their mean, of their maximum: see MsSsim.weight
-OF_ROUNDING = 1.25  # see MsSsim.rounding
 LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
 
 
@@ -52,9 +51,6 @@ class Distortion(Protocol):
         That is of the second derivative of :meth:`error`, for pixels (B, 16·h, 16·w, 3) of the sources in 0..255.
         """
 
-    def rounding(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
-        """The same for rounding once, with nothing after it that would mend what rounding does."""
-
 
 class SquaredError:
     """Summed over the pixels, averaged over their channels."""
@@ -72,8 +68,6 @@ class SquaredError:
 
     def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
         return torch.ones(1, 1, 1, 1, device=seen.device)
-
-    rounding = weight
 
 
 class MsSsim:
@@ -109,10 +103,6 @@ class MsSsim:
         around = F.max_pool2d(mean.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
         least = OF_CHANNELS * torch.maximum(mean, OF_NEIGHBOURS * around)
         return MS_SSIM_WORTH * torch.maximum(total, least)
-
-    def rounding(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
-        """Found by measurement (docs/effort.md)."""
-        return OF_ROUNDING * self.weight(shortcut, seen)
 
 
 DISTORTIONS: dict[Tune, Distortion] = {"psnr": SquaredError(), "ms-ssim": MsSsim()}

@@ -314,7 +314,7 @@ def rounding_worth(
     net: CodecModel, pictures: Sequence[np.ndarray], grid: Geometry, code: Tensor, distortion: Distortion
 ) -> Tensor:
     """How many times its :meth:`CodecModel.rounding_weight` each latent of B pictures has: (B, h, w, M)."""
-    return _times(net, pictures, grid, code, distortion.rounding)
+    return _times(net, pictures, grid, code, distortion.weight)
 
 
 def _times(

@@ -428,7 +428,7 @@ class Trainer:
         """Of the errors of the latents of pixels x, for rounding, as :meth:`CodecModel.rounded` wants it."""
         if DISTORTIONS[self.settings.tune].is_squared_error:
             return None
-        return DISTORTIONS[self.settings.tune].rounding(self.model.shortcut, (x + 0.5) * 255)
+        return DISTORTIONS[self.settings.tune].weight(self.model.shortcut, (x + 0.5) * 255)
 
     def _distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """Of each image, (B,), both in pixels -0.5..0.5."""
