@@ -481,6 +481,7 @@ def test_parts_for_an_entropy_model_that_quantises_dependently(
 
 def test_encoded_batches_serve_several_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lic.train.trainer.ENCODED", 4)
+    monkeypatch.setattr("lic.train.trainer.ENCODED_USES", 3)
     net = store.load_file(store.read_info(DATA / "models" / "tiny-chain.safetensors")).net
     source = prepared(photos)
     trainer = Trainer(replace(SETTINGS, part="synthesis"), CPU)
