@@ -20,7 +20,7 @@ from lic.train.trainer import read_state
 
 
 def averaged(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Raises LicError if they are not of one part, model and quantiser."""
+    """A state like the first, with the mean of all. Raises LicError if they are not of one part of one model."""
     first = states[0]
     for other in states[1:]:
         same = all(first["settings"][key] == other["settings"][key] for key in ("model", "part", "rank", "tune"))

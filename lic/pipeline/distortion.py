@@ -48,7 +48,8 @@ class Distortion(Protocol):
     def weight(self, shortcut: LappedShortcut, seen: Tensor) -> Tensor:
         """How many times the weight that squared error gives it each latent has, (B, h, w, M) or one for all.
 
-        That is of the second derivative of :meth:`error`, for pixels (B, 16·h, 16·w, 3) of the sources in 0..255.
+        Rounding and the search weigh errors so. That is of the second derivative of :meth:`error`, for pixels
+        (B, 16·h, 16·w, 3) of the sources in 0..255.
         """
 
 

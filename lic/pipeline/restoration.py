@@ -3,9 +3,10 @@
 The synthesis makes the best of all pictures of training. What it could do better for one picture, a little sharper here
 or smoother there, or other colours, is mostly a small linear filter: a Wiener filter, found by least squares from the
 picture and what is decoded of it, as the adaptive loop filter of VVC (Karczewicz et al. 2021, "VVC in-loop filters",
-IEEE Trans. Circuits Syst. Video Technol. 31(10)). Each of three planes of colour has its own. To a sample are added
-coefficients times its FEATURES: a constant, the sample itself, another plane's or its own square, and for each pair of
-opposite neighbours the sum of their differences from it, as they are and clipped to a quarter of the quantiser's step.
+IEEE Trans. Circuits Syst. Video Technol. 31(10)); with another distortion than squared error, by one Newton step. Each
+of three planes of colour has its own. To a sample are added coefficients times its FEATURES: a constant, the sample
+itself, another plane's or its own square, and for each pair of opposite neighbours the sum of their differences from
+it, as they are and clipped to a quarter of the quantiser's step.
 """
 
 from __future__ import annotations
@@ -116,9 +117,10 @@ class Statistics:
         self._pixels = 0
 
     def add(self, decoded: Tensor, code: float, slope: Tensor, worths: Sequence[Tensor]) -> None:
-        """Decoded pixels with REACH more at each side, 0..255, and how the error changes with what is added to them.
+        """Decoded pixels (H + 2·REACH, W + 2·REACH, C), 0..255, and how the error changes with what is added to them.
 
-        That is the derivative (H, W, C) and the worths of squares, as :meth:`Distortion.expansion` gives them.
+        ``slope`` (H, W, C) and ``worths``, of the pixels without those around, are what
+        :meth:`lic.pipeline.distortion.Distortion.expansion` says.
         """
         clipped = CLIPPED * step_of(code)
         self._pixels += slope.shape[0] * slope.shape[1]
@@ -127,7 +129,7 @@ class Statistics:
             planes = _planes(band)
             for index, colour in enumerate(COLOURS[: len(planes)]):
                 mixed = its_slope.new_tensor(colour[: slope.shape[2]])
-                features = torch.stack([*_features(planes, index, clipped)])
+                features = torch.stack(list(_features(planes, index, clipped)))
                 wanted = features.flatten(1) @ (its_slope @ mixed).flatten() / -2
                 self._wanted[index] += wanted.double().cpu().numpy()
                 for scale, worth in enumerate(its_worths):
