@@ -21,7 +21,7 @@ from lic.images import mse
 from lic.model import store
 from lic.model.context import Geometry
 from lic.pipeline import codec, decode_rgb, encode_rgb, encode_rgbs, windows
-from lic.pipeline.distortion import MsSsim, SquaredError, ms_ssim
+from lic.pipeline.distortion import DISTORTIONS, MsSsim, SquaredError, ms_ssim
 from lic.pipeline.optimise import EFFORTS
 from lic.quality import TUNES, code_of, lambda_of
 
@@ -202,6 +202,42 @@ def test_weight_for_ms_ssim_is_the_second_derivative(photo: np.ndarray) -> None:
             error = MsSsim().error(255 * shortcut.synthesis(changed)[0], whole)
             ratios.append(float(weight[0, 3, 4, channel]) / 3 * 16 / float(error))
     assert min(ratios) > 0.5 and max(ratios) < 4
+
+
+def test_the_pull_of_ms_ssim_lowers_it(photo: np.ndarray) -> None:
+    """Of each picture by itself, and under autocast as without."""
+    seen = torch.from_numpy(photo[:96, :128].astype(np.float32))
+    seen = torch.stack([seen, seen.flip(1)])
+    noise = torch.randn(seen.shape, generator=torch.Generator().manual_seed(1))
+    shown, distortion = seen + noise * torch.tensor([4.0, 12.0])[:, None, None, None], MsSsim()
+    pull = distortion.corrections.pull
+    assert pull is not None
+    wanted = pull(shown, seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(pull(shown, seen), wanted)
+    for i in range(2):
+        torch.testing.assert_close(pull(shown[i : i + 1], seen[i : i + 1])[0], wanted[i])
+        before, after = (float(distortion.error(p, seen[i])) for p in (shown[i], shown[i] + 0.01 * wanted[i]))
+        # For three channels the error's derivative is -2/3 of the pull where pixels are within their range.
+        inside = (shown[i] >= 0) & (shown[i] <= 255)
+        assert after - before == pytest.approx(-2 / 3 * 0.01 * float((wanted[i] * inside).square().sum()), rel=0.1)
+
+
+def test_correcting_for_ms_ssim_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights tuned for it: bits + λ·error with its pull, and with what squared error misses alone."""
+    tuned, photo = (
+        store.load("base-ms-ssim"),
+        np.asarray(Image.open(DATA / "demo.png").convert("RGB"))[100:484, 200:584],
+    )
+
+    def spent(encoded: codec.Encoded) -> float:
+        error = windows.error_between(tuned.net, encoded.reconstruction, photo, MsSsim())
+        return 8 * len(container.pack(encoded.container)) + lambda_of(encoded.container.header.quality) * error
+
+    pulled = spent(encode_rgb(tuned, photo, code_of(60), tune="ms-ssim"))
+    distortion = DISTORTIONS["ms-ssim"]
+    monkeypatch.setattr(distortion, "corrections", distortion.corrections._replace(pull=None))
+    assert pulled < spent(encode_rgb(tuned, photo, code_of(60), tune="ms-ssim"))
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-nlaic", marks=pytest.mark.slow)])

@@ -20,9 +20,13 @@ from lic.exact import Fixed, attend
 from lic.model import store
 from lic.model.codec import (
     CENTROIDS,
+    FOR_SQUARED_ERROR,
+    MAX_PULL,
     MIN_SCALE,
+    OF_PULL,
     THRESHOLD,
     CodecModel,
+    Corrections,
     expected_offset,
     gaussian_bits,
     round_for_rate,
@@ -76,8 +80,20 @@ def test_latents_of_a_linear_orthonormal_transform_need_no_correction() -> None:
     x, code = torch.rand(2, 64, 128, 3) - 0.5, torch.tensor([0.0, MAX_CODE])
     y = net.analysis(x, code).detach()
     torch.testing.assert_close(net.corrected(x, y, code), y, atol=1e-4, rtol=1e-4)
-    away = net.corrected(x, y + 1, code, share=(0.45, 0.8)) - y
+    away = net.corrected(x, y + 1, code, corrections=Corrections(((0.45, 0.8),))) - y
     torch.testing.assert_close(away, torch.tensor([0.55, 0.2])[:, None, None, None].expand_as(away), atol=1e-3, rtol=0)
+
+
+def test_the_pull_of_squared_error_is_what_is_missing() -> None:
+    net = store.load_file(store.read_info(DATA / "models" / "tiny.safetensors")).net
+    x, code = torch.rand(2, 64, 128, 3) - 0.5, torch.tensor([0.0, MAX_CODE])
+    y = net.analysis(x, code).detach()
+    pulled = FOR_SQUARED_ERROR._replace(pull=lambda shown, seen: seen - shown)
+    expected = net.corrected(x, y, code)
+    torch.testing.assert_close(net.corrected(x, y, code, corrections=pulled), expected, atol=1e-3, rtol=1e-4)
+    far = FOR_SQUARED_ERROR._replace(pull=lambda shown, seen: 1e6 * (seen - shown), shares=((1.0, 1.0),))
+    away = net.corrected(x, y, code, corrections=far) - net.corrected(x, y, code, corrections=far._replace(pull=None))
+    assert away.abs().max() < OF_PULL * MAX_PULL + 1e-3
 
 
 def test_soft_rounding_is_a_staircase_between_deadzones() -> None:

@@ -391,6 +391,22 @@ def test_scaling_factors_alone(photos: Path, tmp_path: Path) -> None:
     assert np.array_equal(pipeline.decode_rgb(loaded, encoded.container).rgb, encoded.reconstruction)
 
 
+def test_a_part_keeps_the_units_of_gains_that_the_weights_had_already(photos: Path, tmp_path: Path) -> None:
+    """The synthesis of a model whose gains are others than those of the file that it shares with."""
+    parent, whole = copy_of_tiny(tmp_path)
+    trainer = Trainer(replace(SETTINGS, part="synthesis"), torch.device("cpu"))
+    with torch.no_grad():
+        whole.log_gain.table += 0.5
+    trainer.start_from(whole.state_dict())
+    trainer.save(tmp_path / "state.pt")
+    target = tmp_path / "tuned.safetensors"
+    export(tmp_path / "state.pt", target, calibration=[], shared_from=parent, name="tuned", data="", rate_range=None)
+    net = store.load_file(store.read_info(target)).net
+    assert net.unit_tables is not None
+    for stored, made in zip(net.unit_tables, net.make_unit_tables(), strict=True):
+        assert (stored - made).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("part", "changed_parts"),
     [("synthesis", {"g_s", "log_igain", "centroids"}), ("transforms", {"g_a", "h_a", "g_s", "log_igain", "centroids"})],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,31 @@ from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 MIN_SCALE = float(SCALES[0])  # of the tables, in quantiser steps
 ROUNDING_WEIGHT, ROUNDING_EXPONENT, DEPENDENT_WEIGHT = 0.72, -0.05, 1.15  # see CodecModel.rounding_weight
 COARSE_LAMBDA, COARSE_EXPONENT = 0.0023, -0.15  # the first about that of quality 20; see there
+OF_OTHERS = 0.85  # see there
 CENTROIDS = 3  # distances from the mean that CodecModel.centroids tells apart: 1, 2, more
-CORRECTIONS = ((0.35, 0.9), (0.35, 0.9))  # shares of the way at quality 0 and 100, see CodecModel.corrected
-IN_TRAINING, PULL = (0.51, 0.69), 1.0  # see CodecModel.forward
+OF_PULL, MAX_PULL = 0.5, 0.7  # see CodecModel.corrected
+DRIFT_BITS = 1.0  # see CodecModel.forward
 THRESHOLD, SOFTNESS = 0.64, 0.06  # see softly_rounded
 THRESHOLD_EXPONENT, MAX_THRESHOLD = -0.7, 0.95  # with a worth of its errors
-Share = tuple[float, float]
 # Of latents y (B, h, w, M), z, codes and worth: integers, and the dequantised latents.
 Choose = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
+
+
+class Corrections(NamedTuple):
+    """How an encoder corrects its latents (:meth:`CodecModel.corrected`): once for each share of the way.
+
+    Shares are given for quality 0 and 100. ``pull``, of an error that is not squared error, is what it asks to be added
+    to pixels that are shown for those that are seen, both (B, H, W, 3) in 0..255: -3/2 of its derivative, which for
+    squared error is all that is missing.
+    """
+
+    shares: tuple[tuple[float, float], ...] = ((0.35, 0.9), (0.35, 0.9))
+    pull: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+FOR_SQUARED_ERROR = Corrections()
+IN_TRAINING = Corrections(((0.51, 0.69),))  # see CodecModel.forward
 
 
 @dataclass
@@ -216,22 +233,33 @@ class CodecModel(nn.Module):
         y: Tensor,
         code: Tensor,
         worth: Tensor | None = None,
-        share: Share = CORRECTIONS[0],
+        corrections: Corrections = FOR_SQUARED_ERROR,
     ) -> Tensor:
         """Latents y (B, h, w, M) of pixels x, taken to where the synthesis would make x of them: analysis by synthesis.
 
         v is about what the decoder will get for y, and x - g_s(v) what is still missing. Were the synthesis its linear
         shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
-        g_a anticipates in the mean only, whereas this sees what it does to these very latents. The ``share`` of the
-        way, given for quality 0 and 100, grows linearly: the finer the steps, the surer is v. ``worth`` is that of
-        :meth:`rounded`, which makes zeros of more where errors count less. Encoders do so once for each of some shares
-        (:meth:`latents_to_quantise`). Without gradients.
+        g_a anticipates in the mean only, whereas this sees what it does to these very latents. The share of the way
+        grows linearly with quality: the finer the steps, the surer is v. ``worth`` is that of :meth:`rounded`, which
+        makes zeros of more where errors count less.
+
+        An error other than squared error asks each latent, all others being as they are, to move by its pull over its
+        worth: by what mends its own error and those of others besides. As all move at once, that is too far for some.
+        So OF_PULL of the difference from what is missing is taken, and at most OF_PULL·MAX_PULL quantiser steps of it.
+        Without gradients.
         """
-        v = softly_rounded(y, worth)
-        missing = self.shortcut.analysis(x - self.synthesis(v, code)) * self.gain(code)[:, None, None]
-        low, high = share
-        way = low + (high - low) / MAX_CODE * code[:, None, None, None]
-        return y + way * (v + missing - y)
+        gain = self.gain(code)[:, None, None]
+        for low, high in corrections.shares:
+            v = softly_rounded(y, worth)
+            shown = self.synthesis(v, code)
+            missing = self.shortcut.analysis(x - shown) * gain
+            if corrections.pull is not None:
+                pull = self.shortcut.analysis(corrections.pull(255 * (shown + 0.5), 255 * (x + 0.5)) / 255) * gain
+                pull = pull if worth is None else pull / worth
+                missing = missing + OF_PULL * (pull - missing).clamp(-MAX_PULL, MAX_PULL)
+            way = low + (high - low) / MAX_CODE * code[:, None, None, None]
+            y = y + way * (v + missing - y)
+        return y
 
     def synthesis(self, y: Tensor, code: Tensor) -> Tensor:
         """Pixels from dequantised latents in quantiser steps (rounded latents plus their offset)."""
@@ -254,15 +282,14 @@ class CodecModel(nn.Module):
         """The same for quantisation, (B, M): of the plain gain, times 0.72·λ^-0.05, 1.05 to 0.72.
 
         A choice for fewer bits also makes later symbols cheaper, which is not seen there. With dependent quantisation
-        1.15 times as much and, where the error is squared error, still more below COARSE_LAMBDA, both measured. igain
-        is left out: it undoes what rounding does to the values, which is not what an error costs.
+        1.15 times as much, still more below COARSE_LAMBDA and, where the error is not squared error, OF_OTHERS of that,
+        all measured. igain is left out: it undoes what rounding does to the values, which is not what an error costs.
         """
         strength = lambda_of(code)
         times = ROUNDING_WEIGHT * strength ** (1 + ROUNDING_EXPONENT) / 3
         if self.dependent is not None:
-            times = DEPENDENT_WEIGHT * times
-            if is_squared_error:
-                times = (strength / COARSE_LAMBDA).clamp(max=1) ** COARSE_EXPONENT * times
+            coarse = (strength / COARSE_LAMBDA).clamp(max=1) ** COARSE_EXPONENT
+            times = DEPENDENT_WEIGHT * coarse * times * (1 if is_squared_error else OF_OTHERS)
         return times.unsqueeze(-1) * (255 / self.gain(code)).square()
 
     def predict(self, z: Tensor, y_hat: Tensor, code: Tensor) -> Prediction:
@@ -278,13 +305,10 @@ class CodecModel(nn.Module):
         return self.rounded(y, z, code), z
 
     def latents_to_quantise(
-        self, x: Tensor, code: Tensor, worth: Tensor | None = None, shares: Sequence[Share] = CORRECTIONS
+        self, x: Tensor, code: Tensor, worth: Tensor | None = None, corrections: Corrections = FOR_SQUARED_ERROR
     ) -> Tensor:
-        """Latents (B, h, w, M) as an encoder has them before it quantises: the analysis, corrected by these shares."""
-        y = self.analysis(x, code)
-        for share in shares:
-            y = self.corrected(x, y, code, worth, share)
-        return y
+        """Latents (B, h, w, M) as an encoder has them before it quantises: the analysis, corrected."""
+        return self.corrected(x, self.analysis(x, code), code, worth, corrections)
 
     def rate(self, y_hat: Tensor, z: Tensor, code: Tensor, halves: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Bits of integers y_hat and z for each image, (B,), with gradients to h_s and the context model.
@@ -314,7 +338,7 @@ class CodecModel(nn.Module):
         frozen_latents: bool = False,
         optimised_rounding: bool = False,
         worth: Tensor | None = None,
-        correction: Share = IN_TRAINING,
+        corrections: Corrections = IN_TRAINING,
         quantiser: str = "ste",
         choose: Choose | None = None,
     ) -> Forward:
@@ -325,8 +349,8 @@ class CodecModel(nn.Module):
         themselves get the gradient of the rate under additive noise, which is the rate's slope over a whole step.
 
         Latents are corrected as in the encoder (:meth:`corrected`), with the gradient passing straight through. That
-        is wrong where g_s answers too strongly, and then the analysis drifts: hence only once and less far, by the
-        share ``correction``, and y is drawn to what it is corrected to, by PULL bits times the logarithm of about the
+        is wrong where g_s answers too strongly, and then the analysis drifts: hence only once and less far, by
+        ``corrections``, and y is drawn to what it is corrected to, by DRIFT_BITS times the logarithm of about the
         squared distance.
 
         With ``frozen_latents`` the transforms up to y carry no gradient. With ``optimised_rounding`` the latents are
@@ -336,7 +360,7 @@ class CodecModel(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_latents):
             y = self.analysis(x, code)
-        corrected = self.corrected(x, y, code, worth, correction)
+        corrected = self.corrected(x, y, code, worth, corrections)
         weight = self.rounding_weight(code, worth is None)[:, None, None]
         drift = torch.log1p(weight * (y - corrected).square()).sum(dim=(1, 2, 3))
         y = corrected + _gradient_only(y)
@@ -360,7 +384,7 @@ class CodecModel(nn.Module):
             decoded = y_hat + expected_offset(y_hat.detach(), mean.detach(), scale.detach(), self.centroids)
         else:
             decoded = dequantised + _gradient_only(y)
-        y_bits = y_bits.sum(dim=(1, 2, 3)) + _gradient_only(PULL * drift)
+        y_bits = y_bits.sum(dim=(1, 2, 3)) + _gradient_only(DRIFT_BITS * drift)
         return Forward(self.synthesis(decoded, code), y_bits, z_bits.sum(dim=(1, 2, 3)))
 
 

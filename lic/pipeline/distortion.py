@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lic.images import MS_SSIM_C1, MS_SSIM_C2, MS_SSIM_SIGMA, MS_SSIM_WINDOW, ms_ssim_exponents
-from lic.model.codec import CORRECTIONS, IN_TRAINING, Share
+from lic.model.codec import FOR_SQUARED_ERROR, IN_TRAINING, Corrections
 from lic.model.transforms import LappedShortcut
 from lic.quality import Tune
 
@@ -24,15 +24,14 @@ LEAST_TERM = 1e-3  # of MS-SSIM: the derivative of its powers is infinite at 0
 class Distortion(Protocol):
     """``context_weight``: of the rate's gradient through the context, for it acts over several passes.
 
-    ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first. ``corrections``: the
-    shares of the way that latents are corrected by (:meth:`CodecModel.latents_to_quantise`). ``in_training``: that of
-    training. ``is_squared_error``: what lowers that lowers this.
+    ``damping``: by how much the second derivative is taken larger than :meth:`weight` at first. ``corrections`` of
+    latents, and those ``in_training``. ``is_squared_error``: what lowers that lowers this.
     """
 
     context_weight: float
     damping: float
-    corrections: tuple[Share, ...]
-    in_training: Share
+    corrections: Corrections
+    in_training: Corrections
     is_squared_error: bool
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
@@ -57,8 +56,7 @@ class SquaredError:
     """Summed over the pixels, averaged over their channels."""
 
     context_weight, damping, is_squared_error = 2.0, 1.0, True
-    corrections: tuple[Share, ...] = CORRECTIONS
-    in_training = IN_TRAINING
+    corrections, in_training = FOR_SQUARED_ERROR, IN_TRAINING
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         return (shown - seen).square().mean(-1).sum()
@@ -75,18 +73,28 @@ class MsSsim:
     """1 - MS-SSIM (Wang, Simoncelli and Bovik 2003) of a window, times its pixels and ``MS_SSIM_WORTH``."""
 
     context_weight, damping, is_squared_error = 0.75, 2.0, False
-    corrections: tuple[Share, ...] = ((0.2, 1.0),)
-    in_training = (0.15, 0.73)
+
+    def __init__(self) -> None:
+        self.corrections = Corrections(((0.17, 0.8), (0.17, 0.8)), self._pull)
+        self.in_training = Corrections(((0.15, 0.73),))
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
-        pixels = seen.shape[0] * seen.shape[1]
-        return MS_SSIM_WORTH * pixels * (1 - ms_ssim(shown, seen))
+        pixels = seen.shape[-3] * seen.shape[-2]
+        return MS_SSIM_WORTH * pixels * (1 - ms_ssim(shown, seen)).sum()
 
     @torch.enable_grad()
-    def expansion(self, shown: Tensor, seen: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _slope(self, shown: Tensor, seen: Tensor) -> Tensor:
+        """The derivative of :meth:`error` to the pixels that are shown; also of the sum over pictures (B, H, W, C)."""
         shown = shown.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(self.error(shown, seen), shown)
-        return slope, [
+        with torch.autocast(shown.device.type, enabled=False):  # variances are differences of large numbers
+            return torch.autograd.grad(self.error(shown, seen), shown)[0]
+
+    def _pull(self, shown: Tensor, seen: Tensor) -> Tensor:
+        """See :class:`Corrections`."""
+        return -0.5 * seen.shape[-1] * self._slope(shown.clamp(0, 255), seen)
+
+    def expansion(self, shown: Tensor, seen: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._slope(shown, seen), [
             4**scale * MS_SSIM_WORTH / seen.shape[-1] * worth.movedim(0, -1)
             for scale, worth in enumerate(_worths(shown.detach(), seen))
         ]

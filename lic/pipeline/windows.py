@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lic.model.codec import CORRECTIONS, CodecModel, Share
+from lic.model.codec import FOR_SQUARED_ERROR, CodecModel, Corrections
 from lic.model.config import DOWNSAMPLING
 from lic.model.context import Geometry
 from lic.model.non_local import BLOCK
@@ -96,22 +96,22 @@ def analysis(
     grid: Geometry,
     code: Tensor,
     worth: Tensor | None = None,
-    shares: Sequence[Share] = CORRECTIONS,
+    corrections: Corrections = FOR_SQUARED_ERROR,
 ) -> Tensor:
     """:meth:`CodecModel.latents_to_quantise` over windows: (B, h, w, M).
 
     ``pictures``: B, each uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels,
     and no larger than ``grid``, to which their edges are continued; ``code``: their quality codes, (B,); ``worth``:
-    that of their :func:`rounding_worth`; ``shares``: of the corrections.
+    that of their :func:`rounding_worth`.
     """
     y = _latents(net, pictures, grid, code, lambda x, _: net.analysis(x, code))
     whole = Area(0, 0, grid.height, grid.width)
 
-    def corrected(share: Share, y: Tensor, x: Tensor, window: Area) -> Tensor:
-        return net.corrected(x, window.of(y, whole), code, None if worth is None else window.of(worth, whole), share)
+    def corrected(y: Tensor, once: Corrections, x: Tensor, window: Area) -> Tensor:
+        return net.corrected(x, window.of(y, whole), code, None if worth is None else window.of(worth, whole), once)
 
-    for share in shares:
-        y = _latents(net, pictures, grid, code, partial(corrected, share, y))
+    for share in corrections.shares:  # the next one needs what this one makes of the surroundings of a window
+        y = _latents(net, pictures, grid, code, partial(corrected, y, corrections._replace(shares=(share,))))
     return y
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lic.coder import SCALES, Tables
 from lic.exact import exact_arithmetic
-from lic.model.codec import CORRECTIONS, CodecModel, Share
+from lic.model.codec import FOR_SQUARED_ERROR, CodecModel, Corrections
 from lic.model.context import Geometry
 from lic.model.dependent import (
     COARSE,
@@ -105,11 +105,11 @@ class ToQuantise(NamedTuple):
         x: Tensor,
         code: Tensor,
         worth: Tensor | None = None,
-        shares: Sequence[Share] = CORRECTIONS,
+        corrections: Corrections = FOR_SQUARED_ERROR,
     ) -> ToQuantise:
         """Of pixels (B, H, W, 3) in [-0.5, 0.5], without gradients. The others as for
         :meth:`CodecModel.latents_to_quantise`."""
-        y = net.latents_to_quantise(x, code, worth, shares)
+        y = net.latents_to_quantise(x, code, worth, corrections)
         return cls(y, torch.round(net.hyper_analysis(y, code)), code)
 
 

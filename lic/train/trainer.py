@@ -404,7 +404,7 @@ class Trainer:
                 frozen_latents=frozen,
                 optimised_rounding=refine,
                 worth=worth,
-                correction=DISTORTIONS[self.settings.tune].in_training,
+                corrections=DISTORTIONS[self.settings.tune].in_training,
                 quantiser=self.settings.quantiser,
                 choose=None if self.model.dependent is None else self._choose,
             )
@@ -495,9 +495,9 @@ class Trainer:
         known = place in self.encoded and self.encoded[place][0].shape[:2] == (batch, crop)
         if not known or turn % ENCODED_USES == place % ENCODED_USES:
             x, code = self._sample(pictures, batch, crop)
-            worth, shares = self._worth(x), DISTORTIONS[self.settings.tune].corrections
+            worth, corrections = self._worth(x), DISTORTIONS[self.settings.tune].corrections
             with self.autocast():
-                to_quantise = ToQuantise.of(encoder, x, code, worth, shares)
+                to_quantise = ToQuantise.of(encoder, x, code, worth, corrections)
             self.encoded[place] = x, quantised(encoder, *to_quantise, worth)[1], code
         return self.encoded[place]
 
