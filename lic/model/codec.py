@@ -289,7 +289,7 @@ class CodecModel(nn.Module):
         times = ROUNDING_WEIGHT * strength ** (1 + ROUNDING_EXPONENT) / 3
         if self.dependent is not None:
             coarse = (strength / COARSE_LAMBDA).clamp(max=1) ** COARSE_EXPONENT
-            times = DEPENDENT_WEIGHT * coarse * times * (1 if is_squared_error else OF_OTHERS)
+            times = coarse * (DEPENDENT_WEIGHT * times) * (1 if is_squared_error else OF_OTHERS)
         return times.unsqueeze(-1) * (255 / self.gain(code)).square()
 
     def predict(self, z: Tensor, y_hat: Tensor, code: Tensor) -> Prediction:
