@@ -102,7 +102,7 @@ def analysis(
 
     ``pictures``: B, each uint8 or uint16, (H, W, 3), or (H, W, 1), which the network sees as three equal channels,
     and no larger than ``grid``, to which their edges are continued; ``code``: their quality codes, (B,); ``worth``:
-    that of their :func:`rounding_worth`.
+    that of their :func:`rounding_worth`. Each window has an MS-SSIM of its own.
     """
     y = _latents(net, pictures, grid, code, lambda x, _: net.analysis(x, code))
     whole = Area(0, 0, grid.height, grid.width)
