@@ -391,7 +391,7 @@ def test_scaling_factors_alone(photos: Path, tmp_path: Path) -> None:
     assert np.array_equal(pipeline.decode_rgb(loaded, encoded.container).rgb, encoded.reconstruction)
 
 
-def test_a_part_keeps_the_units_of_gains_that_the_weights_had_already(photos: Path, tmp_path: Path) -> None:
+def test_a_part_keeps_the_units_of_gains_that_the_weights_had_already(tmp_path: Path) -> None:
     """The synthesis of a model whose gains are others than those of the file that it shares with."""
     parent, whole = copy_of_tiny(tmp_path)
     trainer = Trainer(replace(SETTINGS, part="synthesis"), torch.device("cpu"))
