@@ -18,7 +18,7 @@ from lic.errors import CorruptError, LicError, UnsupportedError, UsageError
 from lic.grouping import CPU_PIXELS, CUDA_PIXELS, Size, in_batches, padded_size
 from lic.images import Picture, psnr, samples_at_bits
 from lic.part import Preview, Region, preview_of, region_of
-from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, TUNES, TUNING_EFFORT, Tune, code_of, quality_of
+from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, TUNES, Tune, code_of, quality_of
 from lic.rate import Target, search
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Codec:
         *,
         target: Target | None = ...,
         tune: Tune = ...,
-        effort: int | None = ...,
+        effort: int = ...,
         effort_seconds: float | None = ...,
         strip: bool = ...,
     ) -> bytes: ...
@@ -172,7 +172,7 @@ class Codec:
         *,
         target: Target | None = ...,
         tune: Tune = ...,
-        effort: int | None = ...,
+        effort: int = ...,
         effort_seconds: float | None = ...,
         strip: bool = ...,
     ) -> list[bytes]: ...
@@ -183,7 +183,7 @@ class Codec:
         *,
         target: Target | None = None,
         tune: Tune = "psnr",
-        effort: int | None = None,
+        effort: int = 0,
         effort_seconds: float | None = None,
         strip: bool = False,
     ) -> bytes | list[bytes]:
@@ -198,11 +198,10 @@ class Codec:
         ``quality`` is 0..100, 40 by default; ``target`` is a size, rate or PSNR instead, for which several
         encodings are tried. ``tune`` is the measure to be good in, squared error or MS-SSIM: the model MODEL-ms-ssim
         encodes where there is one, and rounding and effort serve that measure. ``effort``, 0..9, is how long to look
-        for a smaller file at the same quality (docs/effort.md), by default 0, or 6 to tune for MS-SSIM without such a
-        model; ``effort_seconds`` bounds that time for each picture. A Pillow picture's colour profile, EXIF and XMP
-        are kept, unless ``strip``. Raises UsageError for other qualities, tunes or efforts and for a quality
-        beside a target, LicError for other pictures, a target out of reach, a model that is not installed or a device
-        that is not there.
+        for a smaller file at the same quality (docs/effort.md); ``effort_seconds`` bounds that time for each picture.
+        A Pillow picture's colour profile, EXIF and XMP are kept, unless ``strip``. Raises UsageError for other
+        qualities, tunes or efforts and for a quality beside a target, LicError for other pictures, a target out of
+        reach, a model that is not installed or a device that is not there.
         """
         options: dict[str, Any] = {
             "target": target,
@@ -214,8 +213,7 @@ class Codec:
         if isinstance(image, Image.Image | np.ndarray | Picture | str | bytes):  # the last two are refused there
             return self.encode_result(image, quality, **options).data
         code = _checked_options(quality, target, tune, effort, effort_seconds)
-        level = self._effort(tune, effort)
-        if target is not None or level != 0:
+        if target is not None or effort != 0:
             return [self.encode_result(one, quality, **options).data for one in image]
 
         def prepare(one: AnyPicture) -> tuple[None, Size, _ToEncode]:
@@ -321,7 +319,7 @@ class Codec:
         *,
         target: Target | None = None,
         tune: Tune = "psnr",
-        effort: int | None = None,
+        effort: int = 0,
         effort_seconds: float | None = None,
         strip: bool = False,
         progress: Progress | None = None,
@@ -331,12 +329,11 @@ class Codec:
         ``progress(done, total)`` is called now and then; with a target, from the start for every encoding.
         """
         code = _checked_options(quality, target, tune, effort, effort_seconds)
-        level = self._effort(tune, effort)
         source = self._to_encode(image, strip, tune)
         model = self.load_encoder(tune)
         from lic import pipeline
 
-        def encode_at(code: int, effort: int = level, seconds: float | None = effort_seconds) -> EncodeResult:
+        def encode_at(code: int, effort: int = effort, seconds: float | None = effort_seconds) -> EncodeResult:
             limit = math.inf if seconds is None else seconds
             encoded = pipeline.encode_rgb(
                 model, source.colour, code, effort=effort, tune=tune, seconds=limit, progress=progress
@@ -347,7 +344,7 @@ class Codec:
             return encode_at(code)
         value_of = (lambda result: result.psnr) if target.kind == "psnr" else (lambda result: len(result.data))
         pixels = source.picture.width * source.picture.height
-        if level == 0:
+        if effort == 0:
             found = search(encode_at, value_of, target, pixels)
         else:
             # Where it lies without effort is cheap to know, and near.
@@ -355,7 +352,7 @@ class Codec:
             seconds = None
             if effort_seconds is not None:
                 seconds = max(0.0, effort_seconds - (time.perf_counter() - source.start)) / _TRIES_WITH_EFFORT
-            found = search(lambda code: encode_at(code, level, seconds), value_of, target, pixels, first=near.code)
+            found = search(lambda code: encode_at(code, effort, seconds), value_of, target, pixels, first=near.code)
         return replace(found.result, seconds=time.perf_counter() - source.start)
 
     def decode_result(
@@ -441,13 +438,6 @@ class Codec:
         except UnsupportedError as error:  # there is no .lic file that this would be about
             raise LicError(str(error)) from error
 
-    def _effort(self, tune: Tune, effort: int | None) -> int:
-        """What was asked for, or the default."""
-        if effort is not None:
-            return effort
-        has_weights = tune == "psnr" or self.load_encoder(tune).info.name != self._name
-        return 0 if has_weights else TUNING_EFFORT
-
     def _load(self, info: ModelInfo) -> LoadedModel:
         key = (info.entropy_id, info.synthesis_id)
         if key not in self._loaded:
@@ -474,7 +464,7 @@ def encode(
     *,
     target: Target | None = None,
     tune: Tune = "psnr",
-    effort: int | None = None,
+    effort: int = 0,
     effort_seconds: float | None = None,
     strip: bool = False,
     model: str = DEFAULT_MODEL,
@@ -510,14 +500,14 @@ def info(data: bytes) -> Info:
 
 
 def _checked_options(
-    quality: float | None, target: Target | None, tune: Tune, effort: int | None, effort_seconds: float | None
+    quality: float | None, target: Target | None, tune: Tune, effort: int, effort_seconds: float | None
 ) -> int:
     """The quality code of the options of :meth:`Codec.encode`. Raises UsageError."""
     if quality is not None and target is not None:
         raise UsageError("a quality and a target exclude each other")
     if tune not in TUNES:
         raise UsageError(f"tune must be one of {', '.join(TUNES)}, not {tune!r}")
-    if effort is not None and effort not in range(MAX_EFFORT + 1):
+    if effort not in range(MAX_EFFORT + 1):
         raise UsageError(f"effort must be a whole number from 0 to {MAX_EFFORT}, not {effort}")
     if effort_seconds is not None and not effort_seconds >= 0:  # also refuses NaN
         raise UsageError(f"the seconds of an effort must not be negative: {effort_seconds}")

@@ -27,7 +27,7 @@ from lic.errors import LicError, UsageError
 from lic.options import Command, device_options, option, set_up_logging, verbosity_options
 from lic.outcome import Outcome, Report, failure_of, log, shows_progress
 from lic.part import Preview, Region, parse_preview, parse_region
-from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, TUNES, TUNING_EFFORT, Tune, code_of
+from lic.quality import DEFAULT_QUALITY, MAX_EFFORT, TUNES, Tune, code_of
 from lic.rate import Target, parse_size
 
 if TYPE_CHECKING:
@@ -321,9 +321,9 @@ in one step when they are complete. More in docs/recipes.md.
     "Coding",
     "--effort",
     type=click.IntRange(0, MAX_EFFORT),
+    default=0,
     metavar="0..9",
-    help="How long to look for a smaller file of the same quality; decoding takes no longer."
-    f"  [default: 0, or {TUNING_EFFORT} to tune a model that has no tuned weights]",
+    help="How long to look for a smaller file of the same quality; decoding takes no longer.  [default: 0]",
 )
 @option(
     "Coding",
@@ -353,7 +353,7 @@ def encode(
     target_bpp: float | None,
     target_psnr: float | None,
     tune: Tune,
-    effort: int | None,
+    effort: int,
     effort_seconds: float | None,
     model: str,
     strip: bool,

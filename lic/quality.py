@@ -12,7 +12,6 @@ from typing import Literal, get_args
 
 Tune = Literal["psnr", "ms-ssim"]  # what a file is to be good in, at its size
 TUNES: tuple[Tune, ...] = get_args(Tune)
-TUNING_EFFORT = 6  # by default, where nothing else tunes than the search of the encoder
 MAX_CODE = 50_000  # 1/500 of a quality step: finer than any size target needs
 MIN_LAMBDA, MAX_LAMBDA = 0.0005, 1.0
 MAX_EFFORT = 9

@@ -32,7 +32,7 @@ class Encode:
     quality: float | None
     target: Target | None
     tune: Tune
-    effort: int | None
+    effort: int
     effort_seconds: float | None
     model: str
     strip: bool
