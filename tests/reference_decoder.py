@@ -384,15 +384,19 @@ class Weights:
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:end])
         information = json.loads(header.pop("__metadata__")["lic"])
+        deflated = information.get("deflated", {})
         types = {"I8": "|i1", "U8": "|u1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "F32": "<f4"}
         for name, entry in header.items():
             begins = shared is not None and any(part.endswith(".") and name.startswith(part) for part in shared)
             if name in self.arrays or not (shared is None or name in shared or begins):
                 continue
-            self.types[name] = types[entry["dtype"]]
-            kind = self.types[name].replace("f", "u")  # floats as their bits: see rounded()
             start, stop = (end + offset for offset in entry["data_offsets"])
-            self.arrays[name] = np.frombuffer(data[start:stop], kind).reshape(entry["shape"])
+            content, kind, shape = data[start:stop], types[entry["dtype"]], entry["shape"]
+            if name in deflated:
+                content, (kind, shape) = zlib.decompress(content), deflated[name]
+            self.types[name] = kind
+            # Floats as their bits: see rounded().
+            self.arrays[name] = np.frombuffer(content, kind.replace("f", "u")).reshape(shape)
         return information
 
     def _digest(self, start: bytes, modules: Sequence[str]) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ from conftest import DATA
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 from hypothesis.strategies import integers
+from reference_decoder import Weights
+from safetensors import safe_open
 from safetensors.numpy import load_file as read_arrays
+from safetensors.numpy import save_file
 
 from lic.coder import SCALES
+from lic.errors import LicError, UnsupportedError
 from lic.exact import Fixed, attend
 from lic.model import store
 from lic.model.codec import (
@@ -148,6 +154,45 @@ def test_shortcut_of_a_weights_file(tmp_path: Path) -> None:
     torch.testing.assert_close(net.shortcut.weight, before, atol=2.0**-13, rtol=0)
     store.write_model(again, loaded, {"provenance": {}})
     assert path.read_bytes() == again.read_bytes()
+
+
+def test_large_arrays_are_deflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = store.load_file(store.read_info(DATA / "models" / "tiny.safetensors")).net
+    paths = [tmp_path / "plain.safetensors", tmp_path / "small.safetensors"]
+    for path, size in zip(paths, (1 << 30, 1000), strict=True):
+        monkeypatch.setattr(store, "DEFLATE_FROM", size)
+        store.write_model(path, net, {"provenance": {}})
+    plain, small = (store.read_info(path) for path in paths)
+    assert not plain.deflated and "tables.y.cdf" in small.deflated
+    assert paths[1].stat().st_size < paths[0].stat().st_size
+    assert (small.entropy_id, small.synthesis_id) == (plain.entropy_id, plain.synthesis_id)
+    before, after = (store.read_arrays(info) for info in (plain, small))
+    assert before.keys() == after.keys()
+    for name, array in after.items():
+        assert array.dtype == before[name].dtype and np.array_equal(array, before[name]), name
+    assert Weights(paths[1]).entropy_id == small.entropy_id  # read by what bitstream_spec.md says
+    store.load_file(small)
+
+
+@pytest.mark.parametrize("change", [("|i1", [3]), ("|i1", [-1, 7]), ("|u9", [10]), ("<u2", [1 << 40])])
+def test_arrays_that_do_not_inflate_to_what_they_should(tmp_path: Path, change: tuple[str, list[int]]) -> None:
+    arrays = read_arrays(DATA / "models" / "tiny.safetensors")
+    with safe_open(DATA / "models" / "tiny.safetensors", "np") as file:
+        meta = json.loads(file.metadata()["lic"])
+    name = "tables.y.cdf"
+    arrays[name] = np.frombuffer(zlib.compress(arrays[name].tobytes()), np.uint8)
+    save_file(arrays, tmp_path / "x.safetensors", {"lic": json.dumps(meta | {"deflated": {name: change}})})
+    with pytest.raises(UnsupportedError, match=r"x\.safetensors: damaged"):
+        store.load_file(store.read_info(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("value", [3, [1], {"a": 1}, {"a": [1, 2, 3]}])
+def test_deflated_arrays_of_no_known_kind(tmp_path: Path, value: object) -> None:
+    with safe_open(DATA / "models" / "tiny.safetensors", "np") as file:
+        meta = json.loads(file.metadata()["lic"])
+    save_file({}, tmp_path / "x.safetensors", {"lic": json.dumps(meta | {"deflated": value})})
+    with pytest.raises(LicError, match="not a lic weights file"):
+        store.read_info(tmp_path / "x.safetensors")
 
 
 def test_space_to_depth_is_inverted() -> None:

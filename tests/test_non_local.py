@@ -507,3 +507,45 @@ def test_other_models_follow_new_transforms(tmp_path: Path) -> None:
     store.write_model(new / TINY.name, net, record)
     result = CliRunner().invoke(main, [str(old), str(new), "--base", "tiny"])
     assert isinstance(result.exception, LicError) and "more than its transforms" in str(result.exception)
+
+
+def test_other_models_follow_a_deeper_synthesis(tmp_path: Path) -> None:
+    """They get its new blocks, and adapters of theirs that do nothing yet."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    shutil.copy(TINY, old)
+    parent = store.read_info(old / TINY.name)
+    record: dict[str, Any] = {"provenance": {}, "rate_range": None}
+    for name in ("same", "tuned"):
+        net = store.load_file(parent).net
+        net.config = replace(net.config, name=name)
+        if name == "tuned":
+            net.adapt(2)
+            net.requires_grad_(False)
+            net.g_s.first.left += 0.01
+        store.write_model(old / f"{name}.safetensors", net, record, parent)
+    config = replace(store.load_file(parent).net.config, synthesis_depths=(2, 1, 3))
+    trainer = Trainer(Settings(part="synthesis"), torch.device("cpu"), config)
+    trainer.start_from(store.load_file(parent).net.state_dict())
+    with torch.no_grad():
+        for block in (trainer.model.g_s.stage4.blocks[1], trainer.model.g_s.stage16.blocks[2]):
+            block.outer.weight += 0.05
+    trainer.average = trainer.model.state_dict()
+    trainer.save(tmp_path / "state.pt")
+    shutil.copy(TINY, new)
+    options: dict[str, Any] = {"calibration": [], "name": None, "data": "nothing", "rate_range": None}
+    export(tmp_path / "state.pt", new / TINY.name, shared_from=new / TINY.name, **options)
+    main = runpy.run_path(str(SCRIPTS / "follow_transforms.py"))["main"]
+    result = CliRunner().invoke(main, [str(old), str(new), "--base", "tiny"])
+    assert result.exit_code == 0, result.output
+    y, code = torch.randn(1, 8, 8, config.latent), torch.tensor([20_000.0])
+    nets = {
+        name: store.load_file(store.read_info(new / f"{name}.safetensors")).net for name in ("tiny", "same", "tuned")
+    }
+    assert all(net.config.synthesis_depths == (2, 1, 3) for net in nets.values())
+    pictures = {name: net.synthesis(y, code) for name, net in nets.items()}
+    assert torch.equal(pictures["same"], pictures["tiny"])
+    assert not torch.equal(pictures["tuned"], pictures["tiny"])
+    nets["tuned"].g_s.first.left.zero_()
+    torch.testing.assert_close(nets["tuned"].synthesis(y, code), pictures["tiny"])

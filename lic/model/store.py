@@ -4,6 +4,7 @@ Listing models never imports torch. A file holds, for the matrices of the exact 
 power of two for each row, and its biases as 32-bit floats; for those of the other networks 8-bit rows with a float
 scale; 16-bit floats for whatever else the networks have, for the centroids and the shortcut's first rows, 12-bit
 integers with a power of two for each of its other rows, 32-bit floats for gains and priors, and the integer tables.
+Large arrays that become much smaller by it are deflated.
 
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
 on: configuration, units of the activations, the arrays of h_s and of the context model, the tables, trellis, chain and
@@ -17,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,6 +57,8 @@ TRELLIS, CHAIN = "trellis", "chain"  # of dependent quantisation, the second the
 LARGEST_TABLE = 256  # states; trellises of more are stored as their polynomials
 NEIGHBOURS = "neighbours."  # of dependent quantisation, a part: the arrays of lic.model.neighbours.Neighbours
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
+DEFLATE_FROM, DEFLATE_TO = 16384, 0.9  # bytes of an array, and the share of them, or less, that are worth the trouble
+MOST_INFLATED = 2**28  # bytes of an array: far more than any has
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class ModelInfo:
     provenance: dict[str, Any]
     shared_from: str | None  # weights file in the same folder that holds the other arrays
     shared: list[str]  # their names, or those of whole parts with a dot: "g_a."
+    deflated: dict[str, tuple[str, list[int]]]  # type and shape of the arrays that are stored as zlib streams
 
     @cached_property
     def sha256(self) -> str:
@@ -137,8 +142,9 @@ def read_info(path: Path) -> ModelInfo:
             provenance=meta["provenance"],
             shared_from=meta.get("shared_from"),
             shared=[str(name) for name in meta.get("shared", [])],
+            deflated={str(name): (str(kind), list(shape)) for name, (kind, shape) in meta.get("deflated", {}).items()},
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LicError(f"{path}: not a lic weights file") from error
 
 
@@ -173,12 +179,11 @@ def find_for(header: Header) -> ModelInfo:
 def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
     """Load a weights file. Raises UnsupportedError if its contents do not fit its own identities."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file as read
 
     try:
-        arrays = read(info.path)
+        arrays = read_arrays(info)
         if info.shared_from is not None:
-            others = read(info.path.with_name(Path(info.shared_from).name))
+            others = read_arrays(read_info(info.path.with_name(Path(info.shared_from).name)))
             parts = tuple(name for name in info.shared if name.endswith("."))
             names = {name for name in others if name.startswith(parts)} | set(info.shared).difference(parts)
             arrays = {name: others[name] for name in names} | arrays
@@ -200,10 +205,29 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
             offsets = arrays[OFFSETS].astype(np.float32)
             dependent = Dependent(tables["y"], offsets, trellis, chains, neighbours)
         net = _network(info, arrays, dependent, device)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+    except (SafetensorError, LicError, zlib.error, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedError(f"{info.path}: damaged or incompatible weights: {reason}") from error
     return LoadedModel(info, net, tables["y"], tables["z"], device)
+
+
+def read_arrays(info: ModelInfo) -> dict[str, np.ndarray]:
+    """What the file itself holds. Raises SafetensorError, zlib.error, ValueError, KeyError, TypeError and OSError."""
+    from safetensors.numpy import load_file as read
+
+    arrays = read(info.path)
+    for name, (kind, shape) in info.deflated.items():
+        data = zlib.decompressobj().decompress(arrays[name].tobytes(), MOST_INFLATED)
+        arrays[name] = np.frombuffer(bytearray(data), kind).reshape(shape)  # bytes alone could not be written to
+    return arrays
+
+
+def _deflated(value: np.ndarray) -> np.ndarray:
+    """As the bytes of a zlib stream, or unchanged where that is not worth the trouble."""
+    if value.nbytes < DEFLATE_FROM:
+        return value
+    stream = np.frombuffer(zlib.compress(value.tobytes(), 9), np.uint8)
+    return stream if stream.nbytes <= DEFLATE_TO * value.nbytes else value
 
 
 def _network(info: ModelInfo, arrays: dict[str, np.ndarray], dependent: Dependent | None, device: str) -> CodecModel:
@@ -323,7 +347,6 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     not frozen or a certificate fails.
     """
     import torch
-    from safetensors.numpy import load_file as read
     from safetensors.numpy import save
 
     from lic.model.complexity import kmac_per_pixel
@@ -332,7 +355,7 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     layers = net.exact_layers()
     if any(layer.exponent is None for layer in layers.values()):
         raise ValueError("the exact path is not frozen")
-    theirs = {} if shared_from is None else read(shared_from.path)
+    theirs = {} if shared_from is None else read_arrays(shared_from)
     arrays: dict[str, np.ndarray] = {}
     for name, tensor in net.state_dict().items():
         value = tensor.detach().float().cpu().numpy()
@@ -383,6 +406,7 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     parent = None if shared_from is None or _is_same(path, shared_from.path) else shared_from.path.name
     shared = {name for name, value in theirs.items() if name in arrays and np.array_equal(arrays[name], value)}
     own = {k: np.ascontiguousarray(v) for k, v in arrays.items() if parent is None or k not in shared}
+    stored = {k: _deflated(v) for k, v in own.items()}
     config = net.config.to_json()
     grids = net.grid_bits()
     entropy_id, synthesis_id = identities(json.loads(json.dumps(config)), grids, arrays)
@@ -398,8 +422,9 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
         "provenance": meta["provenance"],
         "shared_from": parent,
         "shared": [] if parent is None else _parts_and_names(shared, theirs, arrays),
+        "deflated": {k: (v.dtype.str, v.shape) for k, v in own.items() if stored[k] is not v},
     }
-    atomic.write(path, save(own, {"lic": json.dumps(header)}))
+    atomic.write(path, save(stored, {"lic": json.dumps(header)}))
 
 
 def _parts_and_names(shared: Collection[str], theirs: Collection[str], arrays: Collection[str]) -> list[str]:

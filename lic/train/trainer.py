@@ -240,8 +240,8 @@ class Trainer:
         scalar quantisation only.
 
         With the part context or nonlocal a context model begins anew if the weights are those of another one, and
-        non-local modules do if the weights have none, as do adapters with that part. Raises LicError if the weights
-        have adapters that the run has not.
+        non-local modules do if the weights have none, as do adapters with that part. Blocks of g_s that the weights do
+        not have begin without effect. Raises LicError if the weights have adapters that the run has not.
         """
         own = self.model.state_dict()
         ranks = {len(v) for k, v in weights.items() if k.endswith(ADAPTERS)}
@@ -257,6 +257,10 @@ class Trainer:
             weights = fresh | weights
         elif self.settings.part in WITH_ADAPTERS:
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
+        blocks = {k: v for k, v in own.items() if k.startswith("g_s.stage") and k not in weights}
+        weights = {
+            k: torch.zeros_like(v) if ".outer." in k or ".reduce." in k else v for k, v in blocks.items()
+        } | weights
         self.model.load_state_dict(weights)
         if self.settings.part not in WITH_ENTROPY_MODEL and dependent is not None:
             if self.settings.exact_part:
