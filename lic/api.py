@@ -269,8 +269,8 @@ class Codec:
         the first one in order.
 
         Raises CorruptError when ``data`` is no such file or a damaged one, UnsupportedError when it needs a
-        newer version or a model that is not installed, or has more than ``max_pixels``; UsageError for a region or
-        preview that makes no sense, LicError for a region that is not inside the picture.
+        newer version or a model that is not installed; UsageError for a region or preview that makes no sense, LicError
+        for a region that is not inside the picture and for more pixels than ``max_pixels``, before any work.
         """
         if isinstance(data, bytes | bytearray | memoryview | str):
             data = _checked(data)
@@ -365,10 +365,7 @@ class Codec:
         max_pixels: int = DEFAULT_MAX_PIXELS,
         progress: Progress | None = None,
     ) -> DecodeResult:
-        """As :meth:`decode_array`, with everything else that the file holds.
-
-        Also UnsupportedError above ``max_pixels``, before any work.
-        """
+        """As :meth:`decode_array`, with everything else that the file holds."""
         if bits not in (None, 8, 16):
             raise UsageError(f"bits must be 8 or 16, not {bits}")
         area = None if region is None else region_of(region)
@@ -505,6 +502,8 @@ def _checked_options(
     """The quality code of the options of :meth:`Codec.encode`. Raises UsageError."""
     if quality is not None and target is not None:
         raise UsageError("a quality and a target exclude each other")
+    if target is not None and not isinstance(target, Target):
+        raise UsageError(f"a target is a lic.Target, for instance lic.Target('size', 100_000), not {target!r}")
     if tune not in TUNES:
         raise UsageError(f"tune must be one of {', '.join(TUNES)}, not {tune!r}")
     if effort not in range(MAX_EFFORT + 1):
@@ -513,6 +512,8 @@ def _checked_options(
         raise UsageError(f"the seconds of an effort must not be negative: {effort_seconds}")
     try:
         return code_of(DEFAULT_QUALITY if quality is None else quality)
+    except TypeError:
+        raise UsageError(f"quality must be a number from 0 to 100, not {quality!r}") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit code
 
 _FORMATS = ("png", "ppm", "webp", "tiff", "jpeg", "bmp")  # lic.images.FORMATS, which imports numpy and Pillow
+_SHORT = {"jpg": "jpeg", "tif": "tiff"}  # other names of formats, and suffixes
 _FORMATS_16 = ("png", "ppm", "tiff")  # of them, those with 16 bits per sample
 _COMPARISON = "compare.html"
 
@@ -199,6 +200,8 @@ class _Files:
                 raise UsageError(f"{name} goes with --output-dir")
         if (self.engine == "dask") != (self.scheduler is not None):
             raise UsageError("--engine dask and --scheduler ADDRESS go together")
+        if self.report == STDIO:
+            raise UsageError("--report names a file; --json writes the same lines to standard error")
         if self.engine == "dask":
             if self.jobs > 1:
                 raise UsageError("--jobs is for --engine local: a Dask cluster has as many workers as it has")
@@ -322,15 +325,16 @@ in one step when they are complete. More in docs/recipes.md.
     "--effort",
     type=click.IntRange(0, MAX_EFFORT),
     default=0,
-    metavar="0..9",
-    help="How long to look for a smaller file of the same quality; decoding takes no longer.  [default: 0]",
+    show_default=True,
+    metavar="N",
+    help="How long to look for a smaller file of the same quality; decoding takes no longer.",
 )
 @option(
     "Coding",
     "--effort-seconds",
     type=click.FloatRange(min=0),
     metavar="S",
-    help="Bound on the time of each picture, whatever the effort.",
+    help="With --effort: about how long each picture may take. No pass begins that would probably end later.",
 )
 @option(
     "Coding",
@@ -368,12 +372,14 @@ def encode(
     pictures in it, and names keep their place in the tree.
     """
     target = _target(quality, target_size, target_bpp, target_psnr)
+    if effort_seconds is not None and effort == 0:
+        raise click.UsageError("--effort-seconds goes with --effort")
     run = _Files(**options)
     run.check()
     if run.output_dir is None:
 
         def accepts(out: str) -> bool:
-            return out.lower().endswith(".lic")
+            return out.lower().endswith(".lic") or out == os.devnull
 
         jobs = [_single_job(paths, accepts, "end in .lic or be '-'")]
     else:
@@ -404,7 +410,7 @@ def encode(
 Examples:
   lic decode photo.lic photo.png
   lic decode photo.lic - --format ppm | display -
-  lic decode --region 512,256,300,200 photo.lic detail.png
+  lic decode --region 256,128,300,200 photo.lic detail.png
   lic decode --preview auto half-loaded.lic preview.png
   lic decode coded/ --output-dir back -r --format webp
   lic encode - - < photo.png | lic decode - - > back.png
@@ -417,7 +423,7 @@ A damaged file gives exit code 3, one that needs a newer version or another mode
     "Coding",
     "--format",
     "format",
-    type=click.Choice(_FORMATS),
+    type=click.Choice((*_FORMATS, *_SHORT)),
     help="Of the output; default: OUT's suffix, png for '-' and --output-dir.",
 )
 @option(
@@ -476,6 +482,7 @@ def decode(
     else:
         chosen = format or "png"
         jobs = batch.many(paths, run.output_dir, f".{chosen}", (".lic",), recursive=run.recursive)
+    chosen = _SHORT.get(chosen, chosen)
     depth = int(bits) if bits else None
     if depth == 16 and chosen not in _FORMATS_16:
         raise click.UsageError(f"{chosen} holds 8 bits per sample: --bits 16 goes with {', '.join(_FORMATS_16)}")
@@ -619,6 +626,7 @@ def models(as_json: bool) -> int:
             facts = {
                 key: value.hex() if isinstance(value, bytes) else value
                 for key, value in dataclasses.asdict(model).items()
+                if key != "deflated"
             }
             click.echo(json.dumps({**facts, "path": str(model.path), "sha256": model.sha256}))
         return 0
@@ -635,8 +643,11 @@ def models(as_json: bool) -> int:
 
 
 @cli.command()
+@click.option(
+    "--all", "every_model", is_flag=True, help="Check that all models are exact, not base alone: takes minutes."
+)
 @verbosity_options
-def doctor() -> int:
+def doctor(every_model: bool) -> int:
     """Check the installation: versions, devices, coder, weights and a round trip."""
     from lic import doctor as checks
 
@@ -645,7 +656,7 @@ def doctor() -> int:
         def write(line: str) -> None:
             stdio.write_all(stdout, f"{line}\n".encode(errors="surrogateescape"))
 
-        return 0 if checks.run(write) else 1
+        return 0 if checks.run(write, every_model) else 1
 
 
 # ----------------------------------------------------------------------------------------------------

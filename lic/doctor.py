@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -15,8 +16,11 @@ PACKAGES = ("torch", "torchac", "numpy", "pillow", "safetensors", "click", "tqdm
 NOT_NEEDED = ("torchac", "ninja", "setuptools")  # without them, our own coder is used
 
 
-def run(write: Callable[[str], None]) -> bool:
-    """Run all checks, one line or more each through ``write``. True when nothing is broken."""
+def run(write: Callable[[str], None], every_model: bool = False) -> bool:
+    """Run all checks, one line or more each through ``write``. True when nothing is broken.
+
+    ``every_model``: check that all of them are exact, and not the default one alone.
+    """
     whole = True
     for name, check in (
         ("lic", _system),
@@ -25,15 +29,16 @@ def run(write: Callable[[str], None]) -> bool:
         ("coder", _coder),
         ("weights", _weights),
         ("round trip", _round_trip),
-        ("exactness", _exactness),
+        ("exactness", partial(_exactness, every_model)),
     ):
+        head = f"{name}:"
         try:
-            lines = list(check())
+            for line in check():
+                write(f"{head:<12}{line}")
+                head = ""
         except Exception as error:
             whole = False
-            lines = [f"BROKEN: {type(error).__name__}: {' '.join(str(error).split())}"]
-        for i, line in enumerate(lines):
-            write(f"{name + ':' if i == 0 else '':<12}{line}")
+            write(f"{head:<12}BROKEN: {type(error).__name__}: {' '.join(str(error).split())}")
     write("everything works" if whole else "something is broken: see above")
     return whole
 
@@ -114,14 +119,15 @@ def _round_trip() -> Iterator[str]:
         yield f"{model.name}: {width}x{height}, {bpp:.2f} bpp, {encoded.psnr:.1f} dB on {codec.device}"
 
 
-def _exactness() -> Iterator[str]:
+def _exactness(every_model: bool) -> Iterator[str]:
     """The same symbols in several ways of computing them: the short form of scripts/conformance.py."""
     from lic import conformance, pipeline
+    from lic.api import DEFAULT_MODEL
     from lic.model import store
     from lic.quality import DEFAULT_QUALITY, code_of
 
     picture = synthetic_picture()
-    for info in store.available():
+    for info in store.available() if every_model else [store.find(DEFAULT_MODEL)]:
         model = store.load_file(info)
         file = conformance.decoded(model, pipeline.encode_rgb(model, picture, code_of(DEFAULT_QUALITY)).container)
         expected = conformance.measure(model, file)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
 
 from lic.errors import LicError
 from lic.quality import MAX_CODE
@@ -20,6 +20,7 @@ SIZE_USED = 0.99  # of a size: good enough to stop
 PSNR_ABOVE = 0.015  # dB over a PSNR: good enough to stop
 _TYPICAL = {"size": (math.log(0.08), math.log(3.5)), "psnr": (25.0, 43.5)}  # at both ends: log of bpp; dB
 
+Kind = Literal["size", "bpp", "psnr"]
 T = TypeVar("T")
 
 
@@ -27,11 +28,13 @@ T = TypeVar("T")
 class Target:
     """What to meet: ``size`` in bytes or ``bpp`` of the whole file, never exceeded; ``psnr`` in dB, from above."""
 
-    kind: Literal["size", "bpp", "psnr"]
+    kind: Kind
     value: float
 
     def __post_init__(self) -> None:
-        """Raises ValueError for targets that are no positive number."""
+        """Raises ValueError for targets of no such kind and for those that are no positive number."""
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"a target is one of {', '.join(get_args(Kind))}, not {self.kind!r}")
         if not (math.isfinite(self.value) and self.value > 0):
             raise ValueError(f"a target must be a positive number, not {self.value:g}")
 

@@ -69,6 +69,8 @@ class Encode:
         return result
 
     def save(self, picture: Picture, result: EncodeResult) -> tuple[bytes, dict[str, Any]]:
+        from lic.container import parse_header
+
         facts = {
             "width": picture.width,
             "height": picture.height,
@@ -78,7 +80,7 @@ class Encode:
             "quality": round(result.quality, 4),
             "tune": self.tune,
             "effort": result.effort,
-            "model": self.model,
+            "model": parse_header(result.data).header.model,  # that of --tune, where there is one
             "seconds": round(result.seconds, 3),
             "symbols_sha256": result.symbols_sha256,
         }

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +79,20 @@ def test_info(codec: lic.Codec, picture: np.ndarray) -> None:
 def test_quality_has_limits(codec: lic.Codec, picture: np.ndarray, quality: float) -> None:
     with pytest.raises(lic.UsageError, match="between 0 and 100"):
         codec.encode(picture, quality)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"target": 2000}, r"lic\.Target"), ({"quality": "high"}, "a number"), ({"effort": None}, "effort")],
+)
+def test_options_of_other_types(codec: lic.Codec, picture: np.ndarray, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(lic.UsageError, match=reason):
+        codec.encode(picture, **options)
+
+
+def test_targets_are_of_three_kinds() -> None:
+    with pytest.raises(ValueError, match="size, bpp, psnr"):
+        lic.Target("bits", 3)  # type: ignore[arg-type]
 
 
 def test_max_pixels(codec: lic.Codec, picture: np.ndarray) -> None:

@@ -92,6 +92,11 @@ def test_the_limit_is_ours_not_pillows(monkeypatch: pytest.MonkeyPatch, format: 
         images.picture_of(data, max_pixels=9999)
 
 
+@pytest.mark.parametrize("data", [b"P1\n3 1\n101\n", b"P4\n3 1\n\xa0"])
+def test_bitmaps_as_text_and_as_bits(data: bytes) -> None:
+    assert read(data)[0, :, 0].tolist() == [0, 255, 0]
+
+
 @pytest.mark.parametrize("format", ["PNG", "PPM", "JPEG", "BMP", "TIFF", "WEBP"])
 def test_truncated_pictures_are_one_line(format: str) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)

@@ -40,6 +40,7 @@ from lic.train.export import export
 from lic.train.latents import StoredLatents, store_latents
 from lic.train.patterns import draw_patterns
 from lic.train.trainer import MAX_COST, Settings, Trainer, _weighted, averaged_model
+from lic.work import Encode
 
 CPU = torch.device("cpu")
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -560,6 +561,10 @@ def test_tuned_for_ms_ssim(part: str, photos: Path, tmp_path: Path, monkeypatch:
     codec = lic.Codec("tiny")
     tuned, plain = codec.encode(rgb, 40, tune="ms-ssim"), codec.encode(rgb, 40)
     assert (lic.info(tuned).model, lic.info(plain).model, lic.info(tuned).effort) == ("tiny-ms-ssim", "tiny", 0)
+    options: dict[str, Any] = {"target": None, "effort_seconds": None, "strip": False, "device": "cpu", "threads": 1}
+    encode = Encode(quality=40, tune="ms-ssim", effort=0, model="tiny", max_pixels=10**6, measure=False, **options)
+    picture = encode.load("0.png", (photos / "0.png").read_bytes())
+    assert encode.save(picture, encode.code(codec, picture))[1]["model"] == "tiny-ms-ssim"  # what its file asks for
     assert np.asarray(codec.decode(tuned)).shape == rgb.shape
     searched = codec.encode(rgb, 40, tune="ms-ssim", effort=3)
     assert (lic.info(searched).model, lic.info(searched).effort) == ("tiny-ms-ssim", 3)

@@ -21,7 +21,7 @@ from enum import IntFlag
 from typing import NamedTuple
 
 from lic.container.bits import BitReader, BitWriter
-from lic.errors import CorruptError, UnsupportedError
+from lic.errors import CorruptError, LicError, UnsupportedError
 from lic.quality import MAX_CODE
 
 MAGIC = b"\x8bLI"  # 0x8b begins no ASCII, UTF-8 or UTF-16 text, and is lost where only 7 bits pass
@@ -152,7 +152,7 @@ def pack(container: Container) -> bytes:
     """
     header, tiles, sections = container.header, container.tiles, container.sections
     problem = _range_problem(header) or _unsupported(header, (section.kind for section in sections))
-    problem = problem or _too_large(header, None)
+    problem = problem or _too_large(header)
     if problem:
         raise ValueError(problem)
     if len(tiles) != _tile_count(header) or any(len(streams) != header.streams for streams in tiles):
@@ -201,9 +201,9 @@ def pack(container: Container) -> bytes:
 def parse(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Container:
     """Read a whole file and check it.
 
-    Raises CorruptError if it is no ``.lic`` file, truncated, damaged or followed by other data, and
-    UnsupportedError if it is sound but needs a newer lic or is too large: a tile over ``TILE_LIMIT`` pixels or
-    a picture over ``max_pixels``, both with their sides rounded up to multiples of ``TILE_UNIT``.
+    Raises CorruptError if it is no ``.lic`` file, truncated, damaged or followed by other data, UnsupportedError if it
+    is sound but needs a newer lic or has a tile over ``TILE_LIMIT`` pixels, and LicError for a picture over
+    ``max_pixels``, both with their sides rounded up to multiples of ``TILE_UNIT``.
     """
     index = parse_header(data)
     if problem := _problem(data, index):
@@ -215,8 +215,8 @@ def parse(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Contai
 def parse_leading(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Leading:
     """Read what is there of a file, for a preview. What is there may be damaged.
 
-    Raises what :func:`parse_header` raises, UnsupportedError as :func:`parse`, and CorruptError if the file ends before
-    the first group of a tile does.
+    Raises what :func:`parse_header` raises, UnsupportedError and LicError as :func:`parse`, and CorruptError if the
+    file ends before the first group of a tile does.
     """
     index = parse_header(data)
     _check_supported(index, max_pixels)
@@ -243,8 +243,9 @@ def _check_supported(index: Index, max_pixels: int | None) -> None:
     problem = _unsupported(index.header, (kind for kind, _ in index.sections))
     if problem:
         raise UnsupportedError(f"{problem}: upgrade lic")
-    problem = _too_large(index.header, max_pixels)
-    if problem:
+    if problem := over_limit(index.header.width, index.header.height, max_pixels):
+        raise LicError(problem)
+    if problem := _too_large(index.header):
         raise UnsupportedError(problem)
 
 
@@ -409,17 +410,13 @@ def over_limit(width: int, height: int, max_pixels: int | None) -> str | None:
     """That a picture has more pixels than the limit, in words, or None; readers and writers count them alike."""
     if max_pixels is None or _padded(width, height) <= max_pixels:
         return None
-    units = f"{TILE_UNIT}x{TILE_UNIT}"
-    return (
-        f"{width}x{height}, in units of {units}, is over the limit of {max_pixels} pixels: raise it with --max-pixels"
-    )
+    size = f"{width}x{height}, {_padded(width, height)} pixels in units of {TILE_UNIT}x{TILE_UNIT}"
+    return f"{size}, is over the limit of {max_pixels} pixels: raise it with --max-pixels"
 
 
-def _too_large(header: Header, max_pixels: int | None) -> str | None:
-    """The limit that the picture or its first tile, which is the largest, exceeds, in words, or None."""
+def _too_large(header: Header) -> str | None:
+    """The limit that the first tile, which is the largest, exceeds, in words, or None."""
     width, height = header.width, header.height
-    if problem := over_limit(width, height, max_pixels):
-        return problem
     if header.tile:
         width, height = min(width, header.tile), min(height, header.tile)
     if _padded(width, height) > TILE_LIMIT:

@@ -33,7 +33,12 @@ def is_deep(image: Image.Image, tiles: list[Any]) -> bool:
         if not straight and (_codec(tiles[0]) != "libtiff" or "RGBa" in raw_mode(tiles[0])):
             raise LicError("a TIFF of 16 bits of this kind with a plane for each channel is not supported: convert it")
         return True
-    return any(_16_BITS.search(raw_mode(tile)) or (_codec(tile) in _PPM and tile[3][-1] > 255) for tile in tiles)
+    return any(_16_BITS.search(raw_mode(tile)) or _is_deep_ppm(tile) for tile in tiles)
+
+
+def _is_deep_ppm(tile: Any) -> bool:
+    """A PBM's last argument is no number but the letter of its raw mode."""
+    return _codec(tile) in _PPM and isinstance(tile[3][-1], int) and tile[3][-1] > 255
 
 
 def deep_samples(data: bytes, image: Image.Image, tiles: list[Any]) -> np.ndarray | None:
