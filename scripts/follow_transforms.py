@@ -9,7 +9,6 @@ is, and so do its record and its rates: those at quality 0 and 100 may be a litt
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,8 +17,6 @@ import torch
 from lic.errors import LicError
 from lic.model import store
 from lic.model.codec import CodecModel
-from lic.model.layers import Matrix
-from lic.model.transforms import Synthesis
 
 TRANSFORMS = ("g_a.", "h_a.", "g_s.", "log_igain.", "centroids")
 
@@ -30,8 +27,6 @@ def follow(net: CodecModel, old: CodecModel, new: CodecModel) -> None:
 
     Raises LicError if anything else than transforms is another in ``new``.
     """
-    if net.config.synthesis_depths != new.config.synthesis_depths:
-        _deepen(net, new)
     own, before, after = net.state_dict(), old.state_dict(), new.state_dict()
     if any(not torch.equal(after[k], v) for k, v in before.items() if not k.startswith(TRANSFORMS)):
         raise LicError("the new base is another in more than its transforms")
@@ -39,19 +34,6 @@ def follow(net: CodecModel, old: CodecModel, new: CodecModel) -> None:
         same = torch.equal(own[name], before[name])
         own[name].copy_(after[name] if same else own[name] + (after[name] - before[name]))
     net.g_s.limit = new.g_s.limit
-
-
-def _deepen(net: CodecModel, new: CodecModel) -> None:
-    """Give g_s of ``net`` the blocks that only ``new`` has; their adapters, if there are any, do nothing yet."""
-    net.config = replace(net.config, synthesis_depths=new.config.synthesis_depths)
-    before, net.g_s = net.g_s, Synthesis(net.config)
-    if before.first.left is not None:
-        torch.manual_seed(0)
-        for layer in net.g_s.modules():
-            if isinstance(layer, Matrix):
-                layer.adapt(len(before.first.left))
-    net.g_s.load_state_dict(net.g_s.state_dict() | new.g_s.state_dict() | before.state_dict(), strict=True)
-    net.g_s.eval().requires_grad_(False)
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import Any
 
 DOWNSAMPLING = 16  # pixels per latent position, one side
 HYPER_DOWNSAMPLING = 64  # pixels per hyper-latent position, one side: images are padded to multiples of it
-_OPTIONAL = {"non_local_heads", "synthesis_depths"}  # fields that may be left out of the JSON
+_OPTIONAL = {"non_local_heads"}  # fields that may be left out of the JSON
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Config:
     system: str = "groupedmixer"
     context: Mapping[str, Any] = field(default_factory=dict)
     non_local_heads: int = 0  # of the non-local attention modules in transforms and hyperprior; 0: no modules
-    synthesis_depths: tuple[int, ...] = ()  # those of the synthesis, where they are not ``depths``
 
     def to_json(self) -> dict[str, Any]:
         """Without the optional fields that have their default: weights from before these were there stay the same."""

@@ -57,7 +57,7 @@ TRELLIS, CHAIN = "trellis", "chain"  # of dependent quantisation, the second the
 LARGEST_TABLE = 256  # states; trellises of more are stored as their polynomials
 NEIGHBOURS = "neighbours."  # of dependent quantisation, a part: the arrays of lic.model.neighbours.Neighbours
 SCALE, EXPONENT = ".row_scale", ".exponent"  # what goes with an array of 8-bit integers
-DEFLATE_FROM, DEFLATE_TO = 16384, 0.9  # bytes of an array, and the share of them, or less, that are worth the trouble
+DEFLATE_FROM, DEFLATE_TO = 2048, 0.9  # bytes of an array, and the share of them, or less, that are worth the trouble
 MOST_INFLATED = 2**28  # bytes of an array: far more than any has
 
 

@@ -165,7 +165,7 @@ class Synthesis(nn.Module):
         self.up4 = Matrix(w8, 4 * w4)
         self.linear8 = Matrix(192, w8)
         self.linear4 = Matrix(48, w4)
-        stages = zip(config.widths, config.synthesis_depths or config.depths, strict=True)
+        stages = zip(config.widths, config.depths, strict=True)
         self.stage4, self.stage8, self.stage16 = (Stage(w, d, config.knots) for w, d in stages)
         self.last = _zero(Matrix(w4, 48))
         self.limit = SYNTHESIS_LIMIT  # infinite in weights from before there was one

@@ -240,14 +240,19 @@ class Trainer:
         scalar quantisation only.
 
         With the part context or nonlocal a context model begins anew if the weights are those of another one, and
-        non-local modules do if the weights have none, as do adapters with that part. Blocks of g_s that the weights do
-        not have begin without effect. Raises LicError if the weights have adapters that the run has not.
+        non-local modules do if the weights have none, as do adapters with that part, and what these have of a higher
+        rank. Raises LicError if the weights have adapters that the run has not.
         """
         own = self.model.state_dict()
-        ranks = {len(v) for k, v in weights.items() if k.endswith(ADAPTERS)}
-        if not ranks <= {len(v) for k, v in own.items() if k.endswith(ADAPTERS)}:
-            rank = max(ranks)
+        theirs = {k: v for k, v in weights.items() if k.endswith(ADAPTERS)}
+        if any(k not in own or len(v) > len(own[k]) for k, v in theirs.items()):
+            rank = max(map(len, theirs.values()))
             raise LicError(f"weights with adapters of rank {rank}: --part adapters --rank {rank} trains them further")
+        for name, rows in theirs.items():
+            weights = weights | {name: torch.cat([rows, torch.zeros_like(own[name][len(rows) :])])}
+        for name in (k for k in theirs if k.endswith(".right") and is_trained(self.settings.part, k)):
+            idle = (weights[name] == 0).all(dim=1) & (weights[name.replace(".right", ".left")] == 0).all(dim=1)
+            weights[name][idle] = own[name][idle]  # where both halves are zeros neither has a gradient
         if self.settings.part in ("context", "nonlocal"):
             shapes = [{k: v.shape for k, v in d.items() if k.startswith("context.")} for d in (own, weights)]
             fresh = {k: v for k, v in own.items() if ".non_local." in k}
@@ -257,10 +262,6 @@ class Trainer:
             weights = fresh | weights
         elif self.settings.part in WITH_ADAPTERS:
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
-        blocks = {k: v for k, v in own.items() if k.startswith("g_s.stage") and k not in weights}
-        weights = {
-            k: torch.zeros_like(v) if ".outer." in k or ".reduce." in k else v for k, v in blocks.items()
-        } | weights
         self.model.load_state_dict(weights)
         if self.settings.part not in WITH_ENTROPY_MODEL and dependent is not None:
             if self.settings.exact_part:
