@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file as read_arrays
 
 from lic import conformance, pipeline
 from lic.exact import KERNELS, Fixed, attend, exact_arithmetic, oracle, use_kernel
@@ -20,7 +19,7 @@ from lic.model.codec import CodecModel
 from lic.model.config import CONFIGS, Config
 from lic.model.context import Geometry, make_context
 from lic.model.context.econtextformer import BLOCK, CheckerboardSchedule, EContextformer, EContextformerState
-from lic.model.store import LoadedModel, load_file, read_info, write_model
+from lic.model.store import LoadedModel, load_file, read_arrays, read_info, write_model
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"segments": [4, 8, 12], "order": "channel", "width": 32, "heads": 4, "layers": 3, "window": 4}
@@ -277,7 +276,7 @@ class Specified(oracle.Model):
 def test_follows_the_specification(loaded: LoadedModel, shape: tuple[int, int]) -> None:
     net, info = loaded.net, loaded.info
     z, y, code = latents(net.config, 1, shape, seed=2)
-    model = Specified(read_arrays(info.path), info.config["context"], info.grids)
+    model = Specified(read_arrays(info), info.config["context"], info.grids)
     expected = model.predict(z[0].long().numpy(), y[0].long().numpy(), int(code))
     with torch.no_grad(), exact_arithmetic():
         got = net.predict(z, y, code)

@@ -17,7 +17,6 @@ import torch
 from conftest import DATA, Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file as read_arrays
 from safetensors.numpy import save_file
 
 from lic import encode
@@ -49,7 +48,7 @@ from lic.model.config import CONFIGS, Config
 from lic.model.context import Geometry, Prediction, Unit
 from lic.model.context.base import INDEX_FACTOR
 from lic.model.layers import NARROW, WIDE
-from lic.model.store import LoadedModel, identities, load_file, read_info, write_model
+from lic.model.store import LoadedModel, identities, load_file, read_arrays, read_info, write_model
 from lic.quality import MAX_CODE
 
 TINY = DATA / "models" / "tiny.safetensors"
@@ -708,7 +707,7 @@ def test_rows_do_not_depend_on_kernel_threads_or_library(tiny: LoadedModel) -> N
 def assert_follows_specification(net: CodecModel, path: Path, shape: tuple[int, int], seed: int) -> None:
     """Rows of the network equal those of the oracle, which reads the weights file on its own."""
     info = read_info(path)
-    model = oracle.Model(read_arrays(path), net.config.context, info.grids)
+    model = oracle.Model(read_arrays(info), net.config.context, info.grids)
     z, y, code = latents(net.config, 1, shape, seed)
     expected = model.predict(z[0].long().numpy(), y[0].long().numpy(), int(code))
     for how in (rows, stepwise):
@@ -751,7 +750,7 @@ def test_other_models_follow_the_specification(tmp_path: Path) -> None:
 
 def changed(target: Path, change: Callable[[dict[str, np.ndarray], dict], None], consistent: bool = True) -> Path:
     """Write the tiny model with changed arrays and metadata, its identity made anew if ``consistent``."""
-    arrays = read_arrays(TINY)
+    arrays = read_arrays(read_info(TINY))
     length = int.from_bytes(TINY.read_bytes()[:8], "little")
     meta = json.loads(json.loads(TINY.read_bytes()[8 : 8 + length])["__metadata__"]["lic"])
     change(arrays, meta)

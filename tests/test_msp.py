@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file as read_arrays
 
 from lic import conformance, pipeline
 from lic.exact import exact_arithmetic, oracle
@@ -160,7 +159,7 @@ class Specified(oracle.Model):
 @pytest.mark.parametrize(("shape", "seed"), [((4, 4), 2), ((12, 20), 3)])
 def test_model_follows_the_specification(model: store.LoadedModel, shape: tuple[int, int], seed: int) -> None:
     z, y, code = latents(model.net.config, 1, shape, seed)
-    specified = Specified(read_arrays(model.info.path), model.net.config.context, model.info.grids)
+    specified = Specified(store.read_arrays(model.info), model.net.config.context, model.info.grids)
     expected = specified.predict(z[0].long().numpy(), y[0].long().numpy(), int(code))
     with torch.no_grad(), exact_arithmetic():
         got = model.net.predict(z, y, code)

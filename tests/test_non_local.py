@@ -17,7 +17,6 @@ from click.testing import CliRunner
 from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file as read_arrays
 from test_exact import changed, equal, integers, latents, linear_of, one_unit, rows, stepwise
 from test_train import SETTINGS, pictures, take_steps, write_pictures
 
@@ -212,7 +211,9 @@ def test_windows_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("shape", "seed"), [((4, 4), 0), ((12, 20), 1), ((68, 8), 2), ((8, 136), 3)])
 def test_rows_follow_the_specification(model: store.LoadedModel, path: Path, shape: tuple[int, int], seed: int) -> None:
     """Tiles of one position of z, of parts of a block, of a block and one position more."""
-    expected_of = oracle.Model(read_arrays(path), CONFIG.context, model.info.grids, CONFIG.non_local_heads)
+    expected_of = oracle.Model(
+        store.read_arrays(store.read_info(path)), CONFIG.context, model.info.grids, CONFIG.non_local_heads
+    )
     z, y, code = latents(CONFIG, 1, shape, seed)
     expected = expected_of.predict(z[0].long().numpy(), y[0].long().numpy(), int(code))
     for how in (rows, stepwise):
@@ -275,10 +276,12 @@ def test_largest_numbers_stay_exact() -> None:
 def test_other_units_of_the_gate_are_refused(path: Path, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    arrays, info = read_arrays(path), store.read_info(path)
+    info = store.read_info(path)
+    arrays = store.read_arrays(info)
     length = int.from_bytes(path.read_bytes()[:8], "little")
     meta = json.loads(json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]["lic"])
     meta["grids"]["h_s.non_local.gate"] = 16
+    meta["deflated"] = {}
     ids = store.identities(info.config, meta["grids"], arrays)
     meta |= dict(zip(("entropy_id", "synthesis_id"), (i.hex() for i in ids), strict=True))
     save_file(arrays, tmp_path / "x.safetensors", {"lic": json.dumps(meta)})
@@ -357,9 +360,11 @@ def test_modules_are_trained_and_the_rest_is_shared(
     target = tmp_path / "fine.safetensors"
     arguments = {"calibration": [photos], "shared_from": parent, "name": None, "data": "", "rate_range": None}
     export(tmp_path / "state.pt", target, **arguments)
-    info, theirs = store.read_info(target), read_arrays(parent)
+    info, theirs = store.read_info(target), store.read_arrays(store.read_info(parent))
     assert set(info.shared) == {re.sub(r"\..*", ".", name) for name in theirs if not name.startswith("context.")}
-    assert all(".non_local." in name or name.startswith("context.") for name in read_arrays(target))
+    assert all(
+        ".non_local." in name or name.startswith("context.") for name in store.read_arrays(store.read_info(target))
+    )
     loaded = store.load_file(info).net
     assert loaded.h_s.non_local is not None and loaded.grid_bits()["h_s.psi"] == whole.grid_bits()["h_s.psi"]
     for name in ("g_s.non_local.outer.weight", "h_s.non_local.outer.weight"):
@@ -384,7 +389,12 @@ def test_scaling_factors_alone(photos: Path, tmp_path: Path) -> None:
     export(tmp_path / "state.pt", target, calibration=[], shared_from=parent, name="gains", data="", rate_range=None)
     assert not torch.equal(store.load_file(store.read_info(target)).net.log_gain.table, whole.log_gain.table)
     info = store.read_info(target)
-    assert set(read_arrays(target)) == {"log_gain.table", "log_igain.table", "units.log2", "units.index"}
+    assert set(store.read_arrays(store.read_info(target))) == {
+        "log_gain.table",
+        "log_igain.table",
+        "units.log2",
+        "units.index",
+    }
     loaded = store.load_file(info)
     assert loaded.net.grid_bits() == whole.grid_bits()
     encoded = pipeline.encode_rgb(loaded, picture(64, 64), 20_000)
@@ -422,12 +432,13 @@ def test_transforms_for_an_entropy_model_that_stays(
     target = tmp_path / "fine.safetensors"
     options: dict[str, Any] = {"calibration": [], "name": "fine", "data": "", "rate_range": None}
     export(tmp_path / "state.pt", target, shared_from=parent, **options)
-    assert {name.split(".")[0] for name in read_arrays(target)} == changed_parts
+    assert {name.split(".")[0] for name in store.read_arrays(store.read_info(target))} == changed_parts
 
     # In the place of the parent: whole, with everything else as it was.
     shutil.copy(parent, tmp_path / "whole.safetensors")
     export(tmp_path / "state.pt", tmp_path / "whole.safetensors", shared_from=tmp_path / "whole.safetensors", **options)
-    own, theirs, info = read_arrays(tmp_path / "whole.safetensors"), read_arrays(parent), store.read_info(target)
+    own, theirs = (store.read_arrays(store.read_info(path)) for path in (tmp_path / "whole.safetensors", parent))
+    info = store.read_info(target)
     assert {k.split(".")[0] for k in theirs if not np.array_equal(own[k], theirs[k])} == changed_parts - {"centroids"}
     assert set(own) == {*theirs, store.LIMIT, store.CENTROIDS}
     assert store.read_info(tmp_path / "whole.safetensors").entropy_id == info.entropy_id
