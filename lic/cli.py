@@ -287,6 +287,7 @@ def cli() -> None:
 
 @cli.command(
     cls=Command,
+    short_help="Encode pictures as .lic files.",
     epilog="""\b
 Examples:
   lic encode photo.png photo.lic
@@ -552,6 +553,7 @@ def verify(names: tuple[str, ...], as_json: bool, device: str, threads: int | No
 
 @cli.command(
     cls=Command,
+    short_help="Show pictures and .lic files over each other, in one HTML file.",
     epilog="""\b
 Examples:
   lic compare photo.png photo.lic

@@ -37,7 +37,7 @@ class Failure:
     def tell(self, name: str = "") -> None:
         """Say on standard error what went wrong with the file ``name``."""
         prefix = {"": "", STDIO: "standard input: "}.get(name, f"{name}: ")
-        log.error("%s%s", prefix, self.line)
+        log.error("%s%s", prefix, self.line.removeprefix(prefix))  # of a URL, what opens it names it too
         if self.trace:
             log.debug("%s", self.trace.rstrip())
 

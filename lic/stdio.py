@@ -31,7 +31,7 @@ def read_stdin() -> bytes:
     if sys.stdin is None:
         raise LicError("standard input is closed")
     if sys.stdin.isatty():
-        raise UsageError("standard input is a terminal: redirect a file or a pipe into it")
+        raise UsageError("it is a terminal: redirect a file or a pipe into it")
     return sys.stdin.buffer.read()
 
 

@@ -419,7 +419,7 @@ def test_terminals_are_no_place_for_binary_data(lic: Run, coded: bytes) -> None:
         done = lic("decode", "-", "-", input=coded, capture_output=False, stdout=terminal, stderr=subprocess.PIPE)
         assert done.returncode == 2 and b"refusing to write binary data to a terminal" in done.stderr
         done = lic("decode", "-", "a.png", stdin=terminal)
-        assert done.returncode == 2 and b"standard input is a terminal" in done.stderr
+        assert done.returncode == 2 and b"standard input: it is a terminal" in done.stderr
     finally:
         os.close(main)
         os.close(terminal)
