@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import lic as package
 from lic import container
@@ -259,11 +259,11 @@ def test_another_distortion_has_a_say(codec: package.Codec, monkeypatch: pytest.
     assert not container.parse(codec.encode(textured(), 60, tune="ms-ssim", effort=0)).sections
 
 
-def test_ms_ssim_has_a_filter_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = np.asarray(Image.open(DATA / "demo.png").convert("RGB"))[:256, :256]
+def test_ms_ssim_has_a_filter_of_its_own(demo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More similar than with that of the least squared error, for hardly more bytes, if any."""
     codec, found = package.Codec("base", "cpu"), []
     for expansion in (MsSsim.expansion, SquaredError.expansion):
         monkeypatch.setattr(MsSsim, "expansion", expansion)
-        data = codec.encode(picture, 40, tune="ms-ssim")
-        found.append((ms_ssim(picture, codec.decode_array(data)), len(data)))
-    assert found[0][0] > found[1][0] + 0.0002 and found[0][1] < found[1][1] + 30
+        data = codec.encode(demo, 65, tune="ms-ssim")
+        found.append((-10 * math.log10(1 - ms_ssim(demo, codec.decode_array(data))), len(data)))
+    assert found[0][0] > found[1][0] + 0.02 and found[0][1] < 1.002 * found[1][1]

@@ -251,7 +251,7 @@ class Trainer:
         for name, rows in theirs.items():
             weights = weights | {name: torch.cat([rows, torch.zeros_like(own[name][len(rows) :])])}
         for name in (k for k in theirs if k.endswith(".right") and is_trained(self.settings.part, k)):
-            idle = (weights[name] == 0).all(dim=1) & (weights[name.replace(".right", ".left")] == 0).all(dim=1)
+            idle = (weights[name] == 0).all(dim=1) & (weights[name.removesuffix(".right") + ".left"] == 0).all(dim=1)
             weights[name][idle] = own[name][idle]  # where both halves are zeros neither has a gradient
         if self.settings.part in ("context", "nonlocal"):
             shapes = [{k: v.shape for k, v in d.items() if k.startswith("context.")} for d in (own, weights)]
