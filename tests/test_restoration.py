@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from lic.pipeline.distortion import Distortion, MsSsim, SquaredError, halved
 from lic.pipeline.restoration import FEATURES, REACH, Coefficients, Restoration, Statistics
 from lic.quality import code_of, lambda_of, step_of
 
-DATA = Path(__file__).parent / "data"
 CODE = code_of(40)
 VALUES = st.lists(st.integers(-(2**15), 2**15) | st.integers(-3, 3), max_size=FEATURES).map(tuple)
 COEFFICIENTS = st.builds(Coefficients, st.integers(4, 11), VALUES)
