@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit code
 
 _FORMATS = ("png", "ppm", "webp", "tiff", "jpeg", "bmp")  # lic.images.FORMATS, which imports numpy and Pillow
-_SHORT = {"jpg": "jpeg", "tif": "tiff"}  # other names of formats, and suffixes
+_SUFFIXES = ("jpg", "tif")  # other names of theirs
 _FORMATS_16 = ("png", "ppm", "tiff")  # of them, those with 16 bits per sample
 _COMPARISON = "compare.html"
 
@@ -380,7 +380,7 @@ def encode(
     if run.output_dir is None:
 
         def accepts(out: str) -> bool:
-            return out.lower().endswith(".lic") or out == os.devnull
+            return out.lower().endswith(".lic")
 
         jobs = [_single_job(paths, accepts, "end in .lic or be '-'")]
     else:
@@ -424,7 +424,7 @@ A damaged file gives exit code 3, one that needs a newer version or another mode
     "Coding",
     "--format",
     "format",
-    type=click.Choice((*_FORMATS, *_SHORT)),
+    type=click.Choice((*_FORMATS, *_SUFFIXES)),
     help="Of the output; default: OUT's suffix, png for '-' and --output-dir.",
 )
 @option(
@@ -469,8 +469,9 @@ def decode(
     """
     run = _Files(**options)
     run.check()
+    from lic.images import format_of_suffix
+
     if run.output_dir is None:
-        from lic.images import format_of_suffix
 
         def accepts(out: str) -> bool:
             # Never a .lic file: `lic decode *.lic --format png` with two files must not replace the second.
@@ -483,7 +484,7 @@ def decode(
     else:
         chosen = format or "png"
         jobs = batch.many(paths, run.output_dir, f".{chosen}", (".lic",), recursive=run.recursive)
-    chosen = _SHORT.get(chosen, chosen)
+    chosen = format_of_suffix(f"picture.{chosen}") or chosen  # jpeg, of jpg
     depth = int(bits) if bits else None
     if depth == 16 and chosen not in _FORMATS_16:
         raise click.UsageError(f"{chosen} holds 8 bits per sample: --bits 16 goes with {', '.join(_FORMATS_16)}")

@@ -234,10 +234,6 @@ def test_other_names_of_formats(lic: Run, tmp_path: Path, png: Path) -> None:
         assert Image.open(tmp_path / "back" / f"a.{short}").format == name
 
 
-def test_encoding_to_nowhere(lic: Run, png: Path) -> None:
-    assert lic("encode", png, os.devnull).returncode == 0
-
-
 def test_an_unknown_model_is_a_failure(lic: Run, png: Path) -> None:
     assert "no model named 'nonsense'" in failure(lic("encode", png, "a.lic", "--model", "nonsense"), 1)
 
