@@ -84,7 +84,7 @@ def info_of(data: bytes) -> Info:
     header, kinds = parsed.header, [section.kind for section in parsed.sections]
     alpha = container.ALPHA in kinds
     return Info(
-        format_version=container.FORMAT_VERSION,
+        format_version=header.version,
         width=header.width,
         height=header.height,
         mode=("L" if header.gray else "RGB") + "A" * alpha,

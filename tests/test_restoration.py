@@ -14,14 +14,25 @@ from hypothesis import strategies as st
 import lic as package
 from lic import container
 from lic.bench.metrics import ms_ssim
-from lic.container import FILTER, Section
+from lic.container import FILTER, BitWriter, Container, Header, Section
 from lic.errors import CorruptError
-from lic.pipeline import windows
+from lic.pipeline import non_local_means, windows
 from lic.pipeline.distortion import Distortion, MsSsim, SquaredError, halved
-from lic.pipeline.restoration import FEATURES, REACH, Coefficients, Restoration, Statistics
+from lic.pipeline.restoration import FEATURES, OF_SAMPLES, REACH, VERSION, Coefficients, Restoration, Statistics
 from lic.quality import code_of, lambda_of, step_of
 
 CODE = code_of(40)
+HEADER = Header(
+    width=1,
+    height=1,
+    quality=CODE,
+    model="m",
+    entropy_id=bytes(4),
+    synthesis_id=bytes(2),
+    tile=0,
+    streams=2,
+    symbols_crc=0,
+)
 VALUES = st.lists(st.integers(-(2**15), 2**15) | st.integers(-3, 3), max_size=FEATURES).map(tuple)
 COEFFICIENTS = st.builds(Coefficients, st.integers(4, 11), VALUES)
 
@@ -32,20 +43,40 @@ def same(one: Restoration, other: Restoration) -> bool:
     return all(a.values == b.values and (a.shift == b.shift or not a.values) for a, b in planes)
 
 
+def file_with(section: Section, gray: bool = False, version: int = VERSION) -> Container:
+    return Container(replace(HEADER, gray=gray, version=version), (), (section,))
+
+
 @given(st.lists(COEFFICIENTS, min_size=3, max_size=3) | st.lists(COEFFICIENTS, min_size=1, max_size=1))
 @settings(deadline=None)
 def test_section_holds_the_coefficients(planes: list[Coefficients]) -> None:
     restoration = Restoration(tuple(planes))
-    section = restoration.section()
-    read = Restoration.of([Section("exif", b"x"), section], gray=len(planes) == 1)
+    read = Restoration.of(file_with(restoration.section(), gray=len(planes) == 1))
     assert read is not None and same(read, restoration)
 
 
-@given(st.binary(max_size=80), st.booleans())
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=27))
+def test_filters_of_version_1_have_no_means(values: list[int]) -> None:
+    out = BitWriter()
+    for number, width in ((len(values), 5), (3, 3), (0, 2)):
+        out.write(number, width)
+    for value in values:
+        out.write(value != 0, 1)
+        if value:
+            out.write(value < 0, 1)
+            out.write(abs(value), 2 * abs(value).bit_length() - 1)
+    out.align()
+    read = Restoration.of(file_with(Section(FILTER, bytes(out.data)), gray=True, version=1))
+    assert read is not None
+    expected = [*values[:OF_SAMPLES], *[0] * non_local_means.MEANS * (len(values) > OF_SAMPLES), *values[OF_SAMPLES:]]
+    assert read.planes == (Coefficients(7, tuple(expected)),)
+
+
+@given(st.binary(max_size=80), st.booleans(), st.sampled_from([1, 2]))
 @settings(deadline=None)
-def test_any_section_is_a_filter_or_damaged(data: bytes, gray: bool) -> None:
+def test_any_section_is_a_filter_or_damaged(data: bytes, gray: bool, version: int) -> None:
     try:
-        restoration = Restoration.of([Section(FILTER, data)], gray=gray)
+        restoration = Restoration.of(file_with(Section(FILTER, data), gray, version))
     except CorruptError:
         return
     assert restoration is not None
@@ -57,8 +88,8 @@ def test_sections_with_too_much_or_too_little_are_damaged() -> None:
     section = Restoration((Coefficients(4, (1, 0, -2)),)).section()
     for data in (section.data + b"\0", section.data[:-1], b"", bytes([31 << 3])):
         with pytest.raises(CorruptError):
-            Restoration.of([replace(section, data=data)], gray=True)
-    assert Restoration.of([Section("Alph", b"")], gray=True) is None
+            Restoration.of(file_with(replace(section, data=data), gray=True))
+    assert Restoration.of(file_with(Section("Alph", b""), gray=True)) is None
 
 
 def test_no_coefficients_that_a_file_cannot_hold() -> None:
@@ -67,10 +98,43 @@ def test_no_coefficients_that_a_file_cannot_hold() -> None:
             Coefficients(shift, (1,) * count)
 
 
+def means_by_the_specification(planes: list[np.ndarray], k: int, row: int, column: int, step: float) -> list[float]:
+    """The non-local means of plane k at a pixel. Planes have REACH more at each side."""
+    variance = step**2 / 12
+
+    def calm(i: int, j: int) -> float:
+        around = planes[0][i - 4 : i + 5, j - 4 : j + 5]
+        return float((1 + around.var() / (2 * variance)) ** -0.5)
+
+    def surroundings(plane: np.ndarray, i: int, j: int) -> np.ndarray:
+        return plane[i - 1 : i + 2, j - 1 : j + 2]
+
+    def grid(values: range) -> set[tuple[int, int]]:
+        return {(i, j) for i in values for j in values}
+
+    groups = [
+        grid(range(-1, 2)) - {(0, 0)},
+        grid(range(-4, 5, 2)) - grid(range(-1, 2)),
+        grid(range(-16, 17, 4)) - grid(range(-4, 5)),
+    ]
+    means = []
+    for group in groups:
+        for kernel in (0.09, 0.81):
+            weights = differences = 0.0
+            for i, j in group:
+                at = row + i, column + j
+                squares = sum(np.square(surroundings(p, *at) - surroundings(p, row, column)).sum() for p in planes)
+                distance = squares / (9 * variance) * calm(row, column) * calm(*at)
+                weight = (1 + distance / kernel) ** -4
+                weights += weight
+                differences += weight * (planes[k][at] - planes[k][row, column])
+            means.append(differences / (0.05 + weights))
+    return means
+
+
 def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: float) -> np.ndarray:
-    """Chapter 6.4, pixel by pixel, of s (H, W, C)."""
-    height, width, channels = s.shape
-    if channels == 1:
+    """Chapter 6.4, pixel by pixel, of s (H + 2·REACH, W + 2·REACH, C)."""
+    if s.shape[2] == 1:
         planes = [s[..., 0] - 127.5]
     else:
         red, green, blue = np.moveaxis(s, -1, 0)
@@ -78,35 +142,54 @@ def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: f
     pairs = [(0, 1), (1, 0), (0, 2), (1, -1), (1, 1), (2, 0), (0, 3), (1, -2), (1, 2), (2, -1), (2, 1), (3, 0)]
     filtered = [plane.copy() for plane in planes]
     for k, plane in enumerate(planes):
-        for row in range(height):
-            for column in range(width):
-
-                def at(i: int, j: int, plane: np.ndarray = plane, row: int = row, column: int = column) -> float:
-                    return float(plane[min(max(row + i, 0), height - 1), min(max(column + j, 0), width - 1)])
-
-                x = at(0, 0)
+        for row in range(REACH, s.shape[0] - REACH):
+            for column in range(REACH, s.shape[1] - REACH):
+                x = plane[row, column]
                 features = [1, x / 8, planes[0][row, column] / 8 if k else x * x / 512]
+                features += means_by_the_specification(planes, k, row, column, step)
                 for i, j in pairs:
-                    one, other = at(i, j) - x, at(-i, -j) - x
+                    one, other = plane[row + i, column + j] - x, plane[row - i, column - j] - x
                     features += [one + other, sum(np.clip(t, -step / 4, step / 4) for t in (one, other))]
                 filtered[k][row, column] += sum(c * f for c, f in zip(coefficients[k], features, strict=True))
-    if channels == 1:
+    if s.shape[2] == 1:
         result = filtered[0][..., None] + 127.5
     else:
         p0, p1, p2 = filtered
         result = np.stack([p0 + p1 + 2 / 3 * p2, p0 - 4 / 3 * p2, p0 - p1 + 2 / 3 * p2], axis=-1) + 127.5
-    return result.clip(0, 255)
+    return result[REACH:-REACH, REACH:-REACH].clip(0, 255)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_it_does_what_the_specification_says(channels: int) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_it_does_what_the_specification_says(channels: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setenv("LIC_CODER", "python")
     random = np.random.default_rng(channels)
-    s = random.uniform(0, 255, (70, 9, channels))  # more rows than one band
+    # More rows than one band; stripes, so that pixels look alike far away, and noise less than the quantiser's.
+    s = (
+        120
+        + 40 * np.sin(np.arange(3))[-channels:] * (np.arange(70)[:, None, None] // 8 % 2)
+        + np.zeros((70, 3, channels))
+    )
+    s += random.normal(0, step_of(CODE) / 8, s.shape)
     planes = tuple(Coefficients(7, tuple(random.integers(-6, 7, FEATURES).tolist())) for _ in range(channels))
     around = np.pad(s, ((REACH, REACH), (REACH, REACH), (0, 0)), mode="edge")
     found = Restoration(planes).applied(torch.from_numpy(around).float(), CODE).numpy()
     weights = [[value / 128 for value in plane.values] for plane in planes]
-    assert np.abs(found - by_the_specification(s, weights, step_of(CODE))).max() < 1e-2
+    assert np.abs(found - by_the_specification(around, weights, step_of(CODE))).max() < 1e-2
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_means_of_compiled_loops_are_those_of_torch(planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reach = non_local_means.REACH
+    pixels = 30 * torch.rand(planes, 67 + 2 * reach, 300 + 2 * reach, generator=torch.Generator().manual_seed(planes))
+    compiled = non_local_means.means(pixels, 20.0)
+    monkeypatch.setenv("LIC_CODER", "python")
+    assert compiled.shape == (non_local_means.MEANS, planes, 67, 300)
+    assert (compiled - non_local_means.means(pixels, 20.0)).abs().max() < 1e-4
+    # Nothing depends on what is computed together.
+    part = non_local_means.means(pixels[:, 5:, 7:].contiguous(), 20.0)
+    assert (compiled[..., 5:, 7:] - part).abs().max() < 1e-4
 
 
 def statistics_of(decoded: torch.Tensor, seen: torch.Tensor) -> Statistics:
@@ -149,8 +232,8 @@ def test_ms_ssim_is_about_its_expansion(channels: int) -> None:
 
 def test_the_best_filter_undoes_what_a_filter_has_done() -> None:
     generator = torch.Generator().manual_seed(1)
-    decoded = 40 + 150 * torch.rand(134, 134, 3, generator=generator)
-    wanted = Restoration((Coefficients(7, (0, 0, 0, 9, 0, -7)), Coefficients(5, (3,)), Coefficients(4, ())))
+    decoded = 40 + 150 * torch.rand(128 + 2 * REACH, 128 + 2 * REACH, 3, generator=generator)
+    wanted = Restoration((Coefficients(7, (*[0] * 9, 9, 0, -7)), Coefficients(5, (3,)), Coefficients(4, ())))
     seen = wanted.applied(decoded, CODE)
     found = statistics_of(decoded, seen).best(CODE, 128 * 128)
     assert found is not None

@@ -1,11 +1,13 @@
-// Loops over latents that depend on the one before: in Python they would take a third of the time of a picture.
+// Loops that would take a third of the time of a picture in Python: over latents that depend on the one before, and over
+// pairs of pixels.
 //
 // lic_read_chain does what RangeDecoder.read and Decoder.pull_chain do, lic_states and lic_search what
-// Dependent.quantisers and Dependent._search do, number for number; these are what they are tested against. The caller
-// has checked that every index is in range.
+// Dependent.quantisers and Dependent._search do, number for number, and lic_means what non_local_means._sums does, up to
+// rounding; these are what they are tested against. The caller has checked that every index is in range.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -191,6 +193,114 @@ void search(const Trellis& trellis, const float* costs, int64_t n, const Parts& 
     }
 }
 
+// Non-local means, see lic_means. Rows are added up in vectors of eight where the processor has them; sums are the same.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDER __attribute__((target_clones("default", "avx2")))
+#else
+#define WIDER
+#endif
+
+#if defined(__GNUC__)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE inline
+#endif
+
+// d: differences of n pixels of a row from others, in PLANES planes `stride` and d's rows n apart. sums: of each but the
+// first and last one those of the squares of its own and of its two neighbours'.
+template <int PLANES>
+ALWAYS_INLINE void differences(const float* here, const float* there, int64_t stride, int64_t n, float* __restrict d,
+                        float* __restrict squares, float* __restrict sums) {
+    for (int64_t x = 0; x < n; ++x) {
+        float square = 0;
+        for (int k = 0; k < PLANES; ++k) {
+            const float one = there[k * stride + x] - here[k * stride + x];
+            d[k * n + x] = one;
+            square += one * one;
+        }
+        squares[x] = square;
+    }
+    for (int64_t x = 1; x + 1 < n; ++x) sums[x] = squares[x - 1] + squares[x] + squares[x + 1];
+}
+
+// Weights of n pixels but for the first and last one.
+ALWAYS_INLINE void weigh(const float* above, const float* at, const float* below, const float* calm,
+                         const float* its_calm, float scale, const float* kernels, int64_t n, float* __restrict first,
+                         float* __restrict second) {
+    const float sharp = kernels[0], soft = kernels[1];
+    for (int64_t x = 1; x + 1 < n; ++x) {
+        const float distance = (above[x] + at[x] + below[x]) * scale * calm[x] * its_calm[x];
+        const float a = 1 / (1 + distance * sharp), b = 1 / (1 + distance * soft);
+        first[x] = a * a * (a * a);
+        second[x] = b * b * (b * b);
+    }
+}
+
+// Adds weights of n pixels to the first row of sums, and weights times differences, or less these, to the others.
+template <int PLANES, bool LESS>
+ALWAYS_INLINE void add(const float* weight, const float* d, int64_t d_stride, int64_t n, float* __restrict sums,
+                int64_t stride) {
+    for (int64_t x = 0; x < n; ++x) {
+        const float w = weight[x];
+        sums[x] += w;
+        for (int k = 0; k < PLANES; ++k) {
+            const float change = w * d[k * d_stride + x];
+            sums[(k + 1) * stride + x] += LESS ? -change : change;
+        }
+    }
+}
+
+constexpr int64_t TILE_ROWS = 64, TILE_COLUMNS = 128;  // so that sums stay in the cache
+
+// Pixels in PLANES planes, which have `stride` in a row and `plane` in all, and `calm` of each; the first one of a tile of
+// height x width pixels. There are as many pixels around it as an offset may reach, and one more.
+struct Tile {
+    const float *pixels, *calm, *kernels;
+    int64_t stride, plane, height, width;
+    float scale;
+};
+
+// Adds what pairs of pixels (down, right) apart are to each other, to sums (2, 1 + PLANES, TILE_ROWS, TILE_COLUMNS).
+template <int PLANES>
+ALWAYS_INLINE void add_pairs(const Tile& tile, int64_t down, int64_t right, float* sums, float* scratch) {
+    constexpr int64_t ROW = TILE_COLUMNS, ALL = TILE_ROWS * ROW;
+    // Pixels first..first + n - 1 of a row are compared; weights are known of all of them but the first and last one.
+    const int64_t first = std::min<int64_t>(0, -right) - 1, n = tile.width + std::abs(right) + 2;
+    float *d[3], *sum[3];
+    for (int i = 0; i < 3; ++i) {
+        d[i] = scratch + i * (PLANES + 1) * n;
+        sum[i] = d[i] + PLANES * n;
+    }
+    float *squares = scratch + 3 * (PLANES + 1) * n, *weight[2] = {squares + n, squares + 2 * n};
+    for (int64_t row = -down - 1; row <= tile.height; ++row) {
+        const int64_t now = (row + down + 1) % 3, middle = row - 1, other = middle + down;
+        const float* here = tile.pixels + row * tile.stride + first;
+        differences<PLANES>(here, here + down * tile.stride + right, tile.plane, n, d[now], squares, sum[now]);
+        if (middle < -down) continue;
+        const float *above = sum[(now + 1) % 3], *at = sum[(now + 2) % 3], *below = sum[now];
+        const float* calm = tile.calm + middle * tile.stride + first;
+        const float* its_calm = calm + down * tile.stride + right;
+        weigh(above, at, below, calm, its_calm, tile.scale, tile.kernels, n, weight[0], weight[1]);
+        const float* found = d[(now + 2) % 3];
+        for (int i = 0; i < 2; ++i) {
+            float* of_kernel = sums + i * (PLANES + 1) * ALL;
+            if (middle >= 0)
+                add<PLANES, false>(weight[i] - first, found - first, n, tile.width, of_kernel + middle * ROW, ALL);
+            if (other >= 0 && other < tile.height)
+                add<PLANES, true>(weight[i] - first - right, found - first - right, n, tile.width,
+                                  of_kernel + other * ROW, ALL);
+        }
+    }
+}
+
+WIDER void add_pairs_of_1(const Tile& tile, int64_t down, int64_t right, float* sums, float* scratch) {
+    add_pairs<1>(tile, down, right, sums, scratch);
+}
+
+WIDER void add_pairs_of_3(const Tile& tile, int64_t down, int64_t right, float* sums, float* scratch) {
+    add_pairs<3>(tile, down, right, sums, scratch);
+}
+
 }  // namespace
 
 extern "C" {
@@ -274,6 +384,51 @@ int64_t lic_search(const float* costs, int64_t n, const int64_t* begins, const i
             search(many, costs, n, parts, before, branch, path, passed);
         else
             search(AnyTrellis{before, branch, states}, costs, n, parts, before, branch, path, passed);
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
+// Non-local means of `planes` planes, 1 or 3, of height x width pixels and `reach` more around, and of one such plane
+// `calm`. Each of `count` offsets (down, right, group), in the order of their groups, is a pair of pixels that far apart,
+// 0 <= down < reach and |right| < reach, which count for each other. With d their difference, and distance the sum of
+// squares of d over all planes and 3x3 pixels, times scale and both pixels' calm, their weight is
+// (1 + distance * kernel)^-4, for each of two kernels. means (groups, 2, planes, height, width) is the sum of weights
+// times d over that of weights and `constant`. Of every `shares` tiles that with the number `share` is computed. Returns
+// -1 if there is not enough memory.
+int64_t lic_means(const float* pixels, const float* calm, int64_t planes, int64_t height, int64_t width, int64_t reach,
+                  const int64_t* offsets, int64_t count, float scale, const float* kernels, float constant,
+                  int64_t share, int64_t shares, float* means) {
+    constexpr int64_t ALL = TILE_ROWS * TILE_COLUMNS;
+    const int64_t stride = width + 2 * reach, plane = (height + 2 * reach) * stride;
+    try {
+        std::vector<float> scratch((3 * (planes + 1) + 3) * (TILE_COLUMNS + reach + 2));
+        std::vector<float> sums(2 * (planes + 1) * ALL);
+        int64_t number = 0;
+        for (int64_t top = 0; top < height; top += TILE_ROWS)
+            for (int64_t left = 0; left < width; left += TILE_COLUMNS) {
+                if (number++ % shares != share) continue;
+                const int64_t start = (top + reach) * stride + left + reach;
+                const Tile tile{pixels + start, calm + start, kernels, stride, plane, std::min(TILE_ROWS, height - top),
+                                std::min(TILE_COLUMNS, width - left), scale};
+                for (int64_t i = 0; i < count;) {
+                    const int64_t group = offsets[3 * i + 2];
+                    std::fill(sums.begin(), sums.end(), 0.0f);
+                    for (; i < count && offsets[3 * i + 2] == group; ++i)
+                        (planes == 1 ? add_pairs_of_1 : add_pairs_of_3)(tile, offsets[3 * i], offsets[3 * i + 1],
+                                                                        sums.data(), scratch.data());
+                    for (int64_t kernel = 0; kernel < 2; ++kernel)
+                        for (int64_t k = 0; k < planes; ++k)
+                            for (int64_t row = 0; row < tile.height; ++row) {
+                                const float* weight = sums.data() + kernel * (planes + 1) * ALL + row * TILE_COLUMNS;
+                                const float* sum = weight + (k + 1) * ALL;
+                                float* mean = means + (((group * 2 + kernel) * planes + k) * height + top + row) * width +
+                                              left;
+                                for (int64_t x = 0; x < tile.width; ++x) mean[x] = sum[x] / (weight[x] + constant);
+                            }
+                }
+            }
     } catch (const std::exception&) {
         return -1;
     }

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lic.errors import CorruptError
 _SOURCE = Path(__file__).with_name("loops.cpp")
 _OPTIONS = ("-O3", "-std=c++14", "-shared", "-fPIC")
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 
 
 class Loops:
@@ -35,7 +37,8 @@ class Loops:
         self._read_chain = library.lic_read_chain
         self._states = library.lic_states
         self._search = library.lic_search
-        for function in (self._read_chain, self._states, self._search):
+        self._means = library.lic_means
+        for function in (self._read_chain, self._states, self._search, self._means):
             function.restype = ctypes.c_int64
 
     def read_chain(
@@ -101,7 +104,7 @@ class Loops:
 
     def search(
         self,
-        costs: npt.NDArray[np.float32],
+        costs: Floats,
         parts: tuple[Ints, Ints, Ints, Ints],
         before: Ints,
         branch: Ints,
@@ -136,11 +139,61 @@ class Loops:
             if failed:
                 raise MemoryError
 
-        if shares == 1:
-            search(0)
-        else:
-            with ThreadPoolExecutor(shares) as pool:
-                list(pool.map(search, range(shares)))
+        _in_threads(search, shares)
+
+    def means(
+        self,
+        planes: Floats,
+        calm: Floats,
+        reach: int,
+        offsets: Ints,
+        scale: float,
+        kernels: tuple[float, float],
+        constant: float,
+        threads: int = 1,
+    ) -> Floats:
+        """Non-local means, as :func:`lic.pipeline.non_local_means.means` has them. Raises MemoryError.
+
+        Args:
+            planes: (1 or 3, H + 2·reach, W + 2·reach).
+            calm: (H + 2·reach, W + 2·reach).
+            offsets: (N, 3), down, right and group of each, in the order of their groups; 0 <= down < reach.
+
+        Returns:
+            (groups, 2, planes, H, W).
+        """
+        count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
+        result = np.empty((int(offsets[-1, 2]) + 1, 2, count, height, width), np.float32)
+        both = np.array(kernels, np.float32)
+
+        def share_of(share: int) -> None:
+            failed = self._means(
+                _at(planes, np.float32),
+                _at(calm, np.float32),
+                *(ctypes.c_int64(size) for size in (count, height, width, reach)),
+                _at(offsets, np.int64),
+                ctypes.c_int64(len(offsets)),
+                ctypes.c_float(scale),
+                _at(both, np.float32),
+                ctypes.c_float(constant),
+                ctypes.c_int64(share),
+                ctypes.c_int64(threads),
+                _at(result, np.float32),
+            )
+            if failed:
+                raise MemoryError
+
+        _in_threads(share_of, threads)
+        return result
+
+
+def _in_threads(work: Callable[[int], None], threads: int) -> None:
+    """Does shares 0..threads - 1 of some work, each in a thread."""
+    if threads == 1:
+        work(0)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
 
 
 def _at(array: npt.NDArray[Any], dtype: type[np.generic]) -> ctypes.c_void_p:

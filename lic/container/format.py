@@ -25,7 +25,7 @@ from lic.errors import CorruptError, LicError, UnsupportedError
 from lic.quality import MAX_CODE
 
 MAGIC = b"\x8bLI"  # 0x8b begins no ASCII, UTF-8 or UTF-16 text, and is lost where only 7 bits pass
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest; 1 differs in what a filter can be (lic.pipeline.restoration)
 DEFAULT_MAX_PIXELS = 2**28
 MAX_STREAMS = 2**18  # tiles × streams per tile: bounds what a small hostile file can make a reader allocate
 
@@ -72,6 +72,7 @@ class Header:
     deep: bool = False  # the source had more than 8 bits per sample, and a decoder should write 16
     reduced: int = 0  # 0..255: what the source had and the file has not, a sum of Reduced; informative
     effort: int = 0  # 0..9, of the encoder; informative
+    version: int = 1  # of the format, 1..FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def pack(container: Container) -> bytes:
 
     fixed = _FIXED.pack(
         MAGIC,
-        FORMAT_VERSION << 2 | header.coder,
+        header.version << 2 | header.coder,
         header.entropy_id,
         header.synthesis_id,
         header.symbols_crc,
@@ -277,7 +278,7 @@ def parse_header(data: bytes) -> Index:
     if not data.startswith(MAGIC[: len(data)]):
         raise CorruptError("not a .lic file")
     reader = BitReader(data)
-    if len(data) > len(MAGIC) and data[len(MAGIC)] >> 2 != FORMAT_VERSION:
+    if len(data) > len(MAGIC) and not 1 <= data[len(MAGIC)] >> 2 <= FORMAT_VERSION:
         version = data[len(MAGIC)] >> 2
         if version > FORMAT_VERSION:
             raise UnsupportedError(
@@ -310,6 +311,7 @@ def parse_header(data: bytes) -> Index:
         deep=bool(flags & 64),
         reduced=reduced,
         effort=flags >> 1 & 15,
+        version=version_coder >> 2,
     )
     problem = _range_problem(header)
     if problem:
@@ -388,6 +390,7 @@ def _range_problem(header: Header) -> str | None:
         ("coder", header.coder, 0, 3),
         ("reduced", header.reduced, 0, 255),
         ("effort", header.effort, 0, 9),
+        ("version", header.version, 1, FORMAT_VERSION),
     ]
     for name, value, low, high in ranges:
         if not low <= value <= high:

@@ -27,7 +27,7 @@ from lic.part import Preview, Region
 from lic.pipeline import windows
 from lic.pipeline.distortion import DISTORTIONS
 from lic.pipeline.optimise import EFFORTS, Box, optimise, quarter
-from lic.pipeline.restoration import Restoration
+from lic.pipeline.restoration import VERSION, Restoration
 from lic.pipeline.tile import CodedTiles, Latents, LeadingReader, Reader, Writer, code_tiles
 from lic.quality import Tune, lambda_of
 
@@ -253,6 +253,7 @@ def _coded(
             symbols_crc=check.crc,
             gray=rgb.shape[2] == 1,
             deep=rgb.dtype == np.uint16,
+            version=1 if restoration is None else VERSION,
         )
         sections = () if restoration is None else (restoration.section(),)
         containers.append(Container(header, tuple(streams), sections))
@@ -269,7 +270,7 @@ def _coded(
 def _reconstruction(model: LoadedModel, dequantised: Tensor, container: Container) -> np.ndarray:
     """The whole picture from its dequantised latents (1, h, w, M), with the bits of its source."""
     header = container.header
-    restoration = Restoration.of(container.sections, gray=header.gray)
+    restoration = Restoration.of(container)
     (pixels,) = _pixels(model, dequantised, [header], [16 if header.deep else 8], [restoration], None)
     return pixels
 
@@ -402,7 +403,7 @@ def _read_tiles(
 def _restoration(container: Container, preview: Preview | None) -> Restoration | None:
     """The filter of a picture; a preview, which may be of a damaged file, does without one that cannot be read."""
     try:
-        return Restoration.of(container.sections, gray=container.header.gray)
+        return Restoration.of(container)
     except CorruptError:
         if preview is None:
             raise

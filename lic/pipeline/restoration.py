@@ -5,8 +5,8 @@ or smoother there, or other colours, is mostly a small linear filter: a Wiener f
 picture and what is decoded of it, as the adaptive loop filter of VVC (Karczewicz et al. 2021, "VVC in-loop filters",
 IEEE Trans. Circuits Syst. Video Technol. 31(10)); with another distortion than squared error, by one Newton step. Each
 of three planes of colour has its own. To a sample are added coefficients times its FEATURES: a constant, the sample
-itself, another plane's or its own square, and for each pair of opposite neighbours the sum of their differences from
-it, as they are and clipped to a quarter of the quantiser's step.
+itself, another plane's or its own square, its non-local means, and for each pair of opposite neighbours the sum of
+their differences from it, as they are and clipped to a quarter of the quantiser's step.
 """
 
 from __future__ import annotations
@@ -19,23 +19,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lic.container import FILTER, BitReader, BitWriter, Section
+from lic.container import FILTER, BitReader, BitWriter, Container, Section
 from lic.errors import CorruptError
 from lic.pipeline.distortion import halved
+from lic.pipeline.non_local_means import MEANS, means
+from lic.pipeline.non_local_means import REACH as REACH_OF_MEANS
 from lic.quality import lambda_of, step_of
 
-REACH = 3  # pixels
+FARTHEST = 3  # neighbour, in pixels
+REACH = max(FARTHEST, REACH_OF_MEANS)
 # One of each pair of opposite neighbours, (down, right), the nearest first.
 NEIGHBOURS = sorted(
-    ((i, j) for i in range(REACH + 1) for j in range(-REACH, REACH + 1) if (i, j) > (0, 0) and i + abs(j) <= REACH),
+    (
+        (i, j)
+        for i in range(FARTHEST + 1)
+        for j in range(-FARTHEST, FARTHEST + 1)
+        if (i, j) > (0, 0) and i + abs(j) <= FARTHEST
+    ),
     key=lambda at: (at[0] + abs(at[1]), at),
 )
 OF_SAMPLES = 3  # features that are no differences
-FEATURES = OF_SAMPLES + 2 * len(NEIGHBOURS)
+FEATURES = OF_SAMPLES + MEANS + 2 * len(NEIGHBOURS)
 CLIPPED = 0.25  # of the quantiser's step
 MIDDLE = 127.5  # of samples 0..255
 COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (2 / 3, -4 / 3, 2 / 3))  # what each plane adds to red, green and blue
-LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 5, 2
+LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 6, 2
+VERSION = 2  # of the format that has such filters; those of version 1 have no MEANS, and COUNT_BITS less one
 MAX_PREFIX = 15
 BAND = 64  # rows at a time, so that what is between stays in the cache
 SECTION_BITS = 8 * 2  # that it adds to the section table, and the table itself
@@ -75,13 +84,16 @@ class Restoration:
         return 8 * len(self.section().data) + SECTION_BITS
 
     @classmethod
-    def of(cls, sections: Sequence[Section], *, gray: bool) -> Restoration | None:
-        """That of a picture with these sections. Raises CorruptError if it is damaged."""
-        for section in sections:
+    def of(cls, container: Container) -> Restoration | None:
+        """That of a file. Raises CorruptError if it is damaged."""
+        for section in container.sections:
             if section.kind == FILTER:
-                reader = BitReader(section.data)
+                reader, read = (
+                    BitReader(section.data),
+                    _read if container.header.version >= VERSION else _read_version_1,
+                )
                 try:
-                    found = cls(tuple(_read(reader) for _ in range(1 if gray else 3)))
+                    found = cls(tuple(read(reader) for _ in range(1 if container.header.gray else 3)))
                     reader.align()
                 except (CorruptError, ValueError) as error:
                     raise CorruptError(_DAMAGED) from error
@@ -92,15 +104,17 @@ class Restoration:
 
     def applied(self, pixels: Tensor, code: float) -> Tensor:
         """Filtered pixels (H, W, C), 0..255, of decoded ones with REACH more at each side, for a quality code."""
-        clipped = CLIPPED * step_of(code)
+        step = step_of(code)
+        with_means = any(any(plane.values[OF_SAMPLES : OF_SAMPLES + MEANS]) for plane in self.planes)
         bands = []
         for band in _bands(pixels):
             planes = _planes(band)
+            of_planes = means(torch.stack(planes), step) if with_means else None
             filtered = []
             for index, plane in enumerate(self.planes):
                 total = _inner(planes[index], 0, 0).clone()
                 weights = [value * 2.0**-plane.shift for value in plane.values]
-                for weight, feature in zip(weights, _features(planes, index, clipped), strict=False):
+                for weight, feature in zip(weights, _features(planes, index, of_planes, step), strict=False):
                     if weight:
                         total.add_(feature, alpha=weight)
                 filtered.append(total)
@@ -122,14 +136,15 @@ class Statistics:
         ``slope`` (H, W, C) and ``worths``, of the pixels without those around, are what
         :meth:`lic.pipeline.distortion.Distortion.expansion` says.
         """
-        clipped = CLIPPED * step_of(code)
+        step = step_of(code)
         self._pixels += slope.shape[0] * slope.shape[1]
         bands = (_bands_of(worth, BAND >> scale, len(slope)) for scale, worth in enumerate(worths))
         for band, its_slope, *its_worths in zip(_bands(decoded), slope.split(BAND), *bands, strict=True):
             planes = _planes(band)
+            of_planes = means(torch.stack(planes), step)
             for index, colour in enumerate(COLOURS[: len(planes)]):
                 mixed = its_slope.new_tensor(colour[: slope.shape[2]])
-                features = torch.stack(list(_features(planes, index, clipped)))
+                features = torch.stack(list(_features(planes, index, of_planes, step)))
                 wanted = features.flatten(1) @ (its_slope @ mixed).flatten() / -2
                 self._wanted[index] += wanted.double().cpu().numpy()
                 for scale, worth in enumerate(its_worths):
@@ -222,9 +237,19 @@ def _write(out: BitWriter, plane: Coefficients) -> None:
             out.write(size, size.bit_length())
 
 
-def _read(reader: BitReader) -> Coefficients:
+def _read_version_1(reader: BitReader) -> Coefficients:
+    """As :func:`_read`."""
+    plane = _read(reader, COUNT_BITS - 1)
+    if len(plane.values) > FEATURES - MEANS:
+        raise ValueError("too many coefficients")
+    if len(plane.values) <= OF_SAMPLES:
+        return plane
+    return Coefficients(plane.shift, (*plane.values[:OF_SAMPLES], *[0] * MEANS, *plane.values[OF_SAMPLES:]))
+
+
+def _read(reader: BitReader, count_bits: int = COUNT_BITS) -> Coefficients:
     """Raises CorruptError or ValueError."""
-    count = reader.read(COUNT_BITS)
+    count = reader.read(count_bits)
     if not count:
         return Coefficients(LEAST_SHIFT, ())
     shift, order = reader.read(SHIFT_BITS) + LEAST_SHIFT, reader.read(ORDER_BITS)
@@ -277,12 +302,16 @@ def _inner(plane: Tensor, down: int, right: int) -> Tensor:
     return plane[REACH + down : REACH + down + height, REACH + right : REACH + right + width]
 
 
-def _features(planes: Sequence[Tensor], index: int, clipped: float) -> Iterator[Tensor]:
-    """The FEATURES of a plane, (H, W) each, of planes with REACH more at each side."""
-    here, luma = _inner(planes[index], 0, 0), _inner(planes[0], 0, 0)
+def _features(planes: Sequence[Tensor], index: int, means: Tensor | None, step: float) -> Iterator[Tensor]:
+    """The FEATURES of a plane, (H, W) each, of planes with REACH more at each side.
+
+    means: those of all planes, (MEANS, K, H, W); None if nobody looks at them.
+    """
+    here, luma, clipped = _inner(planes[index], 0, 0), _inner(planes[0], 0, 0), CLIPPED * step
     yield torch.ones_like(here)
     yield here / 8
     yield luma / 8 if index else here.square() / 512
+    yield from [here] * MEANS if means is None else means[:, index]
     for down, right in NEIGHBOURS:
         one, other = (_inner(planes[index], sign * down, sign * right) - here for sign in (1, -1))
         yield one + other

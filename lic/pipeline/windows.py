@@ -25,7 +25,7 @@ from lic.pipeline.restoration import REACH, Restoration, Statistics
 from lic.quality import lambda_of
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
-HALO = 8  # in latent positions; the transforms of `base` reach 6, the correction 7, the filter 3 pixels
+HALO = 8  # in latent positions; the transforms of `base` reach 6, the correction 7, the filter 20 pixels
 LOOKED_AT = 4  # windows of a large picture from which its filter is found
 
 
