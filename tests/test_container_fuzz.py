@@ -63,6 +63,7 @@ def containers(draw: st.DrawFn) -> Container:
         deep=draw(st.booleans()),
         reduced=draw(st.integers(0, 255)),
         effort=draw(st.integers(0, 9)),
+        version=draw(st.integers(1, FORMAT_VERSION)),
     )
     sizes = draw(st.lists(st.integers(0, 40), min_size=tiles * streams, max_size=tiles * streams))
     payload = draw(st.randoms(use_true_random=False)).randbytes(sum(sizes))
