@@ -16,9 +16,18 @@ from lic import container
 from lic.bench.metrics import ms_ssim
 from lic.container import FILTER, BitWriter, Container, Header, Section
 from lic.errors import CorruptError
-from lic.pipeline import non_local_means, windows
+from lic.pipeline import cosine_shrinkage, non_local_means, windows
 from lic.pipeline.distortion import Distortion, MsSsim, SquaredError, halved
-from lic.pipeline.restoration import FEATURES, OF_SAMPLES, REACH, VERSION, Coefficients, Restoration, Statistics
+from lic.pipeline.restoration import (
+    DENOISED,
+    FEATURES,
+    OF_SAMPLES,
+    REACH,
+    VERSION,
+    Coefficients,
+    Restoration,
+    Statistics,
+)
 from lic.quality import code_of, lambda_of, step_of
 
 CODE = code_of(40)
@@ -68,7 +77,7 @@ def test_filters_of_version_1_have_no_means(values: list[int]) -> None:
     out.align()
     read = Restoration.of(file_with(Section(FILTER, bytes(out.data)), gray=True, version=1))
     assert read is not None
-    expected = [*values[:OF_SAMPLES], *[0] * non_local_means.MEANS * (len(values) > OF_SAMPLES), *values[OF_SAMPLES:]]
+    expected = [*values[:OF_SAMPLES], *[0] * DENOISED * (len(values) > OF_SAMPLES), *values[OF_SAMPLES:]]
     assert read.planes == (Coefficients(7, tuple(expected)),)
 
 
@@ -132,6 +141,22 @@ def means_by_the_specification(planes: list[np.ndarray], k: int, row: int, colum
     return means
 
 
+def shrunken_by_the_specification(plane: np.ndarray, row: int, column: int, step: float) -> list[float]:
+    """What shrunken cosine transforms add to a pixel of a plane, which begins at an even place."""
+    cosines = np.array(
+        [[np.cos(np.pi * u * (2 * i + 1) / 16) * (1 if u else 0.5**0.5) / 2 for i in range(8)] for u in range(8)]
+    )
+    totals = np.zeros(2)
+    for top in range(row - row % 2 - 6, row + 1, 2):
+        for left in range(column - column % 2 - 6, column + 1, 2):
+            found = cosines @ plane[top : top + 8, left : left + 8] @ cosines.T
+            for k, threshold in enumerate((0.3 * step / 12**0.5, step / 12**0.5)):
+                factors = found**2 / (found**2 + threshold**2)
+                factors[0, 0] = 1
+                totals[k] += (cosines.T @ (found * factors) @ cosines)[row - top, column - left]
+    return list(totals / 16 - plane[row, column])
+
+
 def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: float) -> np.ndarray:
     """Chapter 6.4, pixel by pixel, of s (H + 2·REACH, W + 2·REACH, C)."""
     if s.shape[2] == 1:
@@ -147,6 +172,7 @@ def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: f
                 x = plane[row, column]
                 features = [1, x / 8, planes[0][row, column] / 8 if k else x * x / 512]
                 features += means_by_the_specification(planes, k, row, column, step)
+                features += shrunken_by_the_specification(plane, row, column, step)
                 for i, j in pairs:
                     one, other = plane[row + i, column + j] - x, plane[row - i, column - j] - x
                     features += [one + other, sum(np.clip(t, -step / 4, step / 4) for t in (one, other))]
@@ -192,6 +218,18 @@ def test_means_of_compiled_loops_are_those_of_torch(planes: int, monkeypatch: py
     assert (compiled[..., 5:, 7:] - part).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("height, width", [(64, 300), (37, 5), (1, 121)])
+def test_shrunken_transforms_of_compiled_loops_are_those_of_torch(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reach = cosine_shrinkage.REACH
+    pixels = 30 * torch.rand(2, height + 2 * reach, width + 2 * reach, generator=torch.Generator().manual_seed(width))
+    compiled = cosine_shrinkage.shrunken(pixels, 20.0)
+    monkeypatch.setenv("LIC_CODER", "python")
+    assert compiled.shape == (cosine_shrinkage.SHRUNKEN, 2, height, width)
+    assert (compiled - cosine_shrinkage.shrunken(pixels, 20.0)).abs().max() < 1e-3
+
+
 def statistics_of(decoded: torch.Tensor, seen: torch.Tensor) -> Statistics:
     statistics = Statistics(seen.shape[-1])
     statistics.add(decoded, CODE, *SquaredError().expansion(inner(decoded), seen))
@@ -233,7 +271,7 @@ def test_ms_ssim_is_about_its_expansion(channels: int) -> None:
 def test_the_best_filter_undoes_what_a_filter_has_done() -> None:
     generator = torch.Generator().manual_seed(1)
     decoded = 40 + 150 * torch.rand(128 + 2 * REACH, 128 + 2 * REACH, 3, generator=generator)
-    wanted = Restoration((Coefficients(7, (*[0] * 9, 9, 0, -7)), Coefficients(5, (3,)), Coefficients(4, ())))
+    wanted = Restoration((Coefficients(7, (*[0] * 11, 9, 0, -7)), Coefficients(5, (3,)), Coefficients(4, ())))
     seen = wanted.applied(decoded, CODE)
     found = statistics_of(decoded, seen).best(CODE, 128 * 128)
     assert found is not None

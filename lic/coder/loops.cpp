@@ -2,10 +2,12 @@
 // pairs of pixels.
 //
 // lic_read_chain does what RangeDecoder.read and Decoder.pull_chain do, lic_states and lic_search what
-// Dependent.quantisers and Dependent._search do, number for number, and lic_means what non_local_means._sums does, up to
-// rounding; these are what they are tested against. The caller has checked that every index is in range.
+// Dependent.quantisers and Dependent._search do, number for number, lic_means and lic_shrunken what
+// non_local_means._means and cosine_shrinkage._shrunken do, up to rounding; these are what they are tested against. The
+// caller has checked that every index is in range.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -301,6 +303,107 @@ WIDER void add_pairs_of_3(const Tile& tile, int64_t down, int64_t right, float* 
     add_pairs<3>(tile, down, right, sums, scratch);
 }
 
+// Shrunken cosine transforms, see lic_shrunken. Blocks begin at every second row and column; rows are split into even and
+// odd columns, so that what blocks next to each other need lies next to each other, and eight blocks go together.
+constexpr int64_t SIDE = 8, STRIDE = 2, BLOCKS = 64, KINDS = 2;  // BLOCKS: in a row of a strip; KINDS of thresholds
+constexpr int64_t BEFORE = SIDE - STRIDE;                        // pixels of the first block before the strip
+constexpr int64_t STRIP = STRIDE * (BLOCKS - SIDE / STRIDE + 1);  // columns that all their blocks are in
+
+typedef float Eight __attribute__((vector_size(32)));
+
+struct Cosines {
+    float of[SIDE][SIDE];  // frequency, place
+
+    Cosines() {
+        for (int64_t u = 0; u < SIDE; ++u)
+            for (int64_t i = 0; i < SIDE; ++i)
+                of[u][i] = float(std::sqrt((u ? 2.0 : 1.0) / SIDE) * std::cos(std::acos(-1.0) * u * (2 * i + 1) / 16));
+    }
+};
+
+ALWAYS_INLINE void to_frequencies(const Cosines& cosines, const Eight* in, Eight* out) {
+    for (int64_t u = 0; u < SIDE; ++u) {
+        Eight sum{};
+        for (int64_t i = 0; i < SIDE / 2; ++i)
+            sum += cosines.of[u][i] * (u % 2 ? in[i] - in[SIDE - 1 - i] : in[i] + in[SIDE - 1 - i]);
+        out[u] = sum;
+    }
+}
+
+ALWAYS_INLINE void to_places(const Cosines& cosines, const Eight* in, Eight* out) {
+    for (int64_t i = 0; i < SIDE / 2; ++i) {
+        Eight even{}, odd{};
+        for (int64_t u = 0; u < SIDE; u += 2) {
+            even += cosines.of[u][i] * in[u];
+            odd += cosines.of[u + 1][i] * in[u + 1];
+        }
+        out[i] = even + odd;
+        out[SIDE - 1 - i] = even - odd;
+    }
+}
+
+// What is kept between rows of a strip, of each frequency along them: the last SIDE rows, and what shrunken blocks have
+// added to them and to the next ones.
+struct Strip {
+    float rows[SIDE][SIDE][BLOCKS];
+    float sums[KINDS][SIDE][SIDE][BLOCKS];
+};
+
+// The row of pixels `row`, which begins BEFORE pixels before the strip, and has `there` columns; others are taken for 0.
+WIDER void enter(const Cosines& cosines, const float* row, int64_t there, float (&frequencies)[SIDE][BLOCKS]) {
+    float columns[STRIDE][BLOCKS + SIDE] = {};
+    for (int64_t x = 0; x < std::min(there, STRIDE * BLOCKS + BEFORE); ++x) columns[x % STRIDE][x / STRIDE] = row[x];
+    for (int64_t x = 0; x < BLOCKS; x += 8) {
+        Eight in[SIDE], out[SIDE];
+        for (int64_t i = 0; i < SIDE; ++i) std::memcpy(&in[i], &columns[i % STRIDE][x + i / STRIDE], sizeof in[i]);
+        to_frequencies(cosines, in, out);
+        for (int64_t u = 0; u < SIDE; ++u) std::memcpy(&frequencies[u][x], &out[u], sizeof out[u]);
+    }
+}
+
+// Blocks whose first row is `first`.
+WIDER void shrink(const Cosines& cosines, int64_t first, const float* thresholds, Strip& strip) {
+    for (int64_t u = 0; u < SIDE; ++u)
+        for (int64_t x = 0; x < BLOCKS; x += 8) {
+            Eight in[SIDE], found[SIDE], shrunken[SIDE], out[SIDE];
+            for (int64_t i = 0; i < SIDE; ++i) std::memcpy(&in[i], &strip.rows[(first + i) % SIDE][u][x], sizeof in[i]);
+            to_frequencies(cosines, in, found);
+            for (int64_t kind = 0; kind < KINDS; ++kind) {
+                const float square = thresholds[kind] * thresholds[kind];
+                for (int64_t v = 0; v < SIDE; ++v) {
+                    const Eight power = found[v] * found[v];
+                    shrunken[v] = u || v ? found[v] * (power / (power + square)) : found[v];
+                }
+                to_places(cosines, shrunken, out);
+                for (int64_t i = 0; i < SIDE; ++i) {
+                    float* sum = &strip.sums[kind][(first + i) % SIDE][u][x];
+                    Eight before{};
+                    if (i < BEFORE) std::memcpy(&before, sum, sizeof before);
+                    before += out[i];
+                    std::memcpy(sum, &before, sizeof before);
+                }
+            }
+        }
+}
+
+// The first `width` pixels of a row that all its blocks have added to, less the row itself. It begins where the strip does.
+WIDER void leave(const Cosines& cosines, const float (&sums)[SIDE][BLOCKS], const float* row, int64_t width, float* out) {
+    float columns[STRIDE][BLOCKS + SIDE] = {};
+    for (int64_t x = 0; x < BLOCKS; x += 8) {
+        Eight in[SIDE], found[SIDE];
+        for (int64_t u = 0; u < SIDE; ++u) std::memcpy(&in[u], &sums[u][x], sizeof in[u]);
+        to_places(cosines, in, found);
+        for (int64_t i = 0; i < SIDE; ++i) {
+            Eight sum;
+            std::memcpy(&sum, &columns[i % STRIDE][x + i / STRIDE], sizeof sum);
+            sum += found[i];
+            std::memcpy(&columns[i % STRIDE][x + i / STRIDE], &sum, sizeof sum);
+        }
+    }
+    constexpr float COUNT = (SIDE / STRIDE) * (SIDE / STRIDE);
+    for (int64_t x = 0; x < width; ++x) out[x] = columns[x % STRIDE][(x + BEFORE) / STRIDE] / COUNT - row[x];
+}
+
 }  // namespace
 
 extern "C" {
@@ -427,6 +530,41 @@ int64_t lic_means(const float* pixels, const float* calm, int64_t planes, int64_
                                               left;
                                 for (int64_t x = 0; x < tile.width; ++x) mean[x] = sum[x] / (weight[x] + constant);
                             }
+                }
+            }
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
+// Of `planes` planes of height x width pixels and `reach` (even, 8 or more) around, what shrinking cosine transforms adds
+// to them: blocks of 8x8 pixels, at every second row and column, have all their coefficients c but the first one
+// multiplied by c^2 / (c^2 + t^2), for each threshold t; a pixel is the mean of its 16 blocks. shrunken: (2, planes,
+// height, width). Of every `shares` strips that with the number `share` is computed. Returns -1 if there is not enough
+// memory.
+int64_t lic_shrunken(const float* pixels, int64_t planes, int64_t height, int64_t width, int64_t reach,
+                     const float* thresholds, int64_t share, int64_t shares, float* shrunken) {
+    static const Cosines cosines;
+    const int64_t stride = width + 2 * reach;
+    try {
+        std::vector<Strip> strip(1);
+        int64_t number = 0;
+        for (int64_t k = 0; k < planes; ++k)
+            for (int64_t left = 0; left < width; left += STRIP) {
+                if (number++ % shares != share) continue;
+                const int64_t there = width - left + BEFORE + reach, wide = std::min(STRIP, width - left);
+                const float* origin = pixels + (k * (height + 2 * reach) + reach) * stride + reach + left;
+                // Rows are counted from the first one of the first block.
+                for (int64_t row = 0; row - BEFORE < height + BEFORE + 1; ++row) {
+                    enter(cosines, origin + (row - BEFORE) * stride - BEFORE, there, strip[0].rows[row % SIDE]);
+                    const int64_t first = row - SIDE + 1;
+                    if (first < 0 || first % STRIDE) continue;
+                    shrink(cosines, first, thresholds, strip[0]);
+                    for (int64_t y = first - BEFORE; y < first - BEFORE + STRIDE; ++y)
+                        for (int64_t kind = 0; kind < KINDS && 0 <= y && y < height; ++kind)
+                            leave(cosines, strip[0].sums[kind][(y + BEFORE) % SIDE], origin + y * stride, wide,
+                                  shrunken + ((kind * planes + k) * height + y) * width + left);
                 }
             }
     } catch (const std::exception&) {

@@ -38,7 +38,8 @@ class Loops:
         self._states = library.lic_states
         self._search = library.lic_search
         self._means = library.lic_means
-        for function in (self._read_chain, self._states, self._search, self._means):
+        self._shrunken = library.lic_shrunken
+        for function in (self._read_chain, self._states, self._search, self._means, self._shrunken):
             function.restype = ctypes.c_int64
 
     def read_chain(
@@ -176,6 +177,35 @@ class Loops:
                 ctypes.c_float(scale),
                 _at(both, np.float32),
                 ctypes.c_float(constant),
+                ctypes.c_int64(share),
+                ctypes.c_int64(threads),
+                _at(result, np.float32),
+            )
+            if failed:
+                raise MemoryError
+
+        _in_threads(share_of, threads)
+        return result
+
+    def shrunken(self, planes: Floats, reach: int, thresholds: tuple[float, ...], threads: int = 1) -> Floats:
+        """Shrunken cosine transforms, as :func:`lic.pipeline.cosine_shrinkage.shrunken` has them. Raises MemoryError.
+
+        Args:
+            planes: (K, H + 2·reach, W + 2·reach), reach being even and 8 or more.
+            thresholds: two.
+
+        Returns:
+            (2, K, H, W).
+        """
+        count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
+        result = np.empty((2, count, height, width), np.float32)
+        both = np.array(thresholds, np.float32)
+
+        def share_of(share: int) -> None:
+            failed = self._shrunken(
+                _at(planes, np.float32),
+                *(ctypes.c_int64(size) for size in (count, height, width, reach)),
+                _at(both, np.float32),
                 ctypes.c_int64(share),
                 ctypes.c_int64(threads),
                 _at(result, np.float32),

@@ -5,8 +5,8 @@ or smoother there, or other colours, is mostly a small linear filter: a Wiener f
 picture and what is decoded of it, as the adaptive loop filter of VVC (Karczewicz et al. 2021, "VVC in-loop filters",
 IEEE Trans. Circuits Syst. Video Technol. 31(10)); with another distortion than squared error, by one Newton step. Each
 of three planes of colour has its own. To a sample are added coefficients times its FEATURES: a constant, the sample
-itself, another plane's or its own square, its non-local means, and for each pair of opposite neighbours the sum of
-their differences from it, as they are and clipped to a quarter of the quantiser's step.
+itself, another plane's or its own square, its non-local means and shrunken cosine transforms, and for each pair of
+opposite neighbours the sum of their differences from it, as they are and clipped to a quarter of the quantiser's step.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from lic.container import FILTER, BitReader, BitWriter, Container, Section
 from lic.errors import CorruptError
+from lic.pipeline import cosine_shrinkage, non_local_means
+from lic.pipeline.cosine_shrinkage import SHRUNKEN
 from lic.pipeline.distortion import halved
-from lic.pipeline.non_local_means import MEANS, means
-from lic.pipeline.non_local_means import REACH as REACH_OF_MEANS
+from lic.pipeline.non_local_means import MEANS
 from lic.quality import lambda_of, step_of
 
 FARTHEST = 3  # neighbour, in pixels
-REACH = max(FARTHEST, REACH_OF_MEANS)
+REACH = max(FARTHEST, non_local_means.REACH, cosine_shrinkage.REACH)  # even, for the sake of the latter
 # One of each pair of opposite neighbours, (down, right), the nearest first.
 NEIGHBOURS = sorted(
     (
@@ -39,16 +40,24 @@ NEIGHBOURS = sorted(
     key=lambda at: (at[0] + abs(at[1]), at),
 )
 OF_SAMPLES = 3  # features that are no differences
-FEATURES = OF_SAMPLES + MEANS + 2 * len(NEIGHBOURS)
+DENOISED = MEANS + SHRUNKEN  # features that are what a denoised sample would be more
+TIMES = 8  # what is denoised, so that its coefficients are about as large as others
+FEATURES = OF_SAMPLES + DENOISED + 2 * len(NEIGHBOURS)
 CLIPPED = 0.25  # of the quantiser's step
 MIDDLE = 127.5  # of samples 0..255
 COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (2 / 3, -4 / 3, 2 / 3))  # what each plane adds to red, green and blue
 LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 6, 2
-VERSION = 2  # of the format that has such filters; those of version 1 have no MEANS, and COUNT_BITS less one
+VERSION = 2  # of the format that has such filters; those of version 1 have none DENOISED, and COUNT_BITS less one
 MAX_PREFIX = 15
 BAND = 64  # rows at a time, so that what is between stays in the cache
 SECTION_BITS = 8 * 2  # that it adds to the section table, and the table itself
-SWEEPS = 6  # over the coefficients, in search of better ones
+RIDGES = (
+    1e-5,
+    1e-3,
+    1e-2,
+    1e-1,
+)  # of least squares, from whose coefficients better ones are searched; features are alike
+SWEEPS = 6  # over the coefficients
 _DAMAGED = "damaged: the filter behind the synthesis cannot be read"
 
 
@@ -105,16 +114,16 @@ class Restoration:
     def applied(self, pixels: Tensor, code: float) -> Tensor:
         """Filtered pixels (H, W, C), 0..255, of decoded ones with REACH more at each side, for a quality code."""
         step = step_of(code)
-        with_means = any(any(plane.values[OF_SAMPLES : OF_SAMPLES + MEANS]) for plane in self.planes)
+        with_denoised = any(any(plane.values[OF_SAMPLES : OF_SAMPLES + DENOISED]) for plane in self.planes)
         bands = []
         for band in _bands(pixels):
             planes = _planes(band)
-            of_planes = means(torch.stack(planes), step) if with_means else None
+            denoised = _denoised(planes, step) if with_denoised else None
             filtered = []
             for index, plane in enumerate(self.planes):
                 total = _inner(planes[index], 0, 0).clone()
                 weights = [value * 2.0**-plane.shift for value in plane.values]
-                for weight, feature in zip(weights, _features(planes, index, of_planes, step), strict=False):
+                for weight, feature in zip(weights, _features(planes, index, denoised, step), strict=False):
                     if weight:
                         total.add_(feature, alpha=weight)
                 filtered.append(total)
@@ -141,10 +150,10 @@ class Statistics:
         bands = (_bands_of(worth, BAND >> scale, len(slope)) for scale, worth in enumerate(worths))
         for band, its_slope, *its_worths in zip(_bands(decoded), slope.split(BAND), *bands, strict=True):
             planes = _planes(band)
-            of_planes = means(torch.stack(planes), step)
+            denoised = _denoised(planes, step)
             for index, colour in enumerate(COLOURS[: len(planes)]):
                 mixed = its_slope.new_tensor(colour[: slope.shape[2]])
-                features = torch.stack(list(_features(planes, index, of_planes, step)))
+                features = torch.stack(list(_features(planes, index, denoised, step)))
                 wanted = features.flatten(1) @ (its_slope @ mixed).flatten() / -2
                 self._wanted[index] += wanted.double().cpu().numpy()
                 for scale, worth in enumerate(its_worths):
@@ -169,13 +178,14 @@ class Statistics:
 def _best(products: np.ndarray, wanted: np.ndarray) -> tuple[Coefficients, float]:
     """Coefficients of a plane for the least bits + λ·error, and by how much that is less than without."""
     size = np.sqrt(np.diag(products)) + 1e-9
-    exact = np.linalg.solve(products / size / size[:, None] + 1e-5 * np.eye(FEATURES), wanted / size) / size
     best, most = Coefficients(LEAST_SHIFT, ()), 0.0
-    candidates = []
-    for shift in range(LEAST_SHIFT, LEAST_SHIFT + 2**SHIFT_BITS):
-        values = np.rint(exact * 2.0**shift)
-        candidates.append((_cost(values, shift, products, wanted), shift, values))
-    for _, shift, values in sorted(candidates, key=lambda c: c[0])[:2]:
+    for ridge in RIDGES:
+        soft = np.linalg.solve(products / size / size[:, None] + ridge * np.eye(FEATURES), wanted / size) / size
+        tried = []
+        for shift in range(LEAST_SHIFT, LEAST_SHIFT + 2**SHIFT_BITS):
+            values = np.rint(soft * 2.0**shift)
+            tried.append((_cost(values, shift, products, wanted), shift, values))
+        _, shift, values = min(tried, key=lambda one: one[0])
         values = _descended(values, shift, products, wanted)
         gain = -_cost(values, shift, products, wanted)
         if gain > most:
@@ -240,11 +250,11 @@ def _write(out: BitWriter, plane: Coefficients) -> None:
 def _read_version_1(reader: BitReader) -> Coefficients:
     """As :func:`_read`."""
     plane = _read(reader, COUNT_BITS - 1)
-    if len(plane.values) > FEATURES - MEANS:
+    if len(plane.values) > FEATURES - DENOISED:
         raise ValueError("too many coefficients")
     if len(plane.values) <= OF_SAMPLES:
         return plane
-    return Coefficients(plane.shift, (*plane.values[:OF_SAMPLES], *[0] * MEANS, *plane.values[OF_SAMPLES:]))
+    return Coefficients(plane.shift, (*plane.values[:OF_SAMPLES], *[0] * DENOISED, *plane.values[OF_SAMPLES:]))
 
 
 def _read(reader: BitReader, count_bits: int = COUNT_BITS) -> Coefficients:
@@ -302,16 +312,29 @@ def _inner(plane: Tensor, down: int, right: int) -> Tensor:
     return plane[REACH + down : REACH + down + height, REACH + right : REACH + right + width]
 
 
-def _features(planes: Sequence[Tensor], index: int, means: Tensor | None, step: float) -> Iterator[Tensor]:
+def _denoised(planes: Sequence[Tensor], step: float) -> Tensor:
+    """The features of all planes that take long: (DENOISED, K, H, W), of planes with REACH more at each side."""
+    together = torch.stack(list(planes))
+
+    def with_around(pixels: int) -> Tensor:
+        inner = slice(REACH - pixels, pixels - REACH or None)
+        return together[:, inner, inner]
+
+    means = non_local_means.means(with_around(non_local_means.REACH), step)
+    shrunken = cosine_shrinkage.shrunken(with_around(cosine_shrinkage.REACH), step)
+    return torch.cat([means, shrunken]).mul_(TIMES)
+
+
+def _features(planes: Sequence[Tensor], index: int, denoised: Tensor | None, step: float) -> Iterator[Tensor]:
     """The FEATURES of a plane, (H, W) each, of planes with REACH more at each side.
 
-    means: those of all planes, (MEANS, K, H, W); None if nobody looks at them.
+    denoised: :func:`_denoised`, or None if nobody looks at these.
     """
     here, luma, clipped = _inner(planes[index], 0, 0), _inner(planes[0], 0, 0), CLIPPED * step
     yield torch.ones_like(here)
     yield here / 8
     yield luma / 8 if index else here.square() / 512
-    yield from [here] * MEANS if means is None else means[:, index]
+    yield from [here] * DENOISED if denoised is None else denoised[:, index]
     for down, right in NEIGHBOURS:
         one, other = (_inner(planes[index], sign * down, sign * right) - here for sign in (1, -1))
         yield one + other
