@@ -2,7 +2,7 @@
 
 Those of the tiny model cover the modes, depths, tiles and metadata of the format, three each of three relatives of it
 dependent quantisation; two hold arbitrary symbols: deviations from skipped modes, long escapes, values at the limits.
-Those named after means are of version 2, which differs in the filter behind the synthesis: some pixels are compared.
+Those named denoised are of version 2, which differs in the filter behind the synthesis: some pixels are compared.
 Every other system has a picture, a tiled gray one and arbitrary symbols. Never replace one, nor a model: add others
 when the format grows.
 """
