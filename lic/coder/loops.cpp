@@ -195,8 +195,8 @@ void search(const Trellis& trellis, const float* costs, int64_t n, const Parts& 
     }
 }
 
-// Non-local means, see lic_means. Rows are added up in vectors of eight where the processor has them; sums are the same.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// Pixels of a row are computed in vectors of eight where the processor has them, with the same results.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define WIDER __attribute__((target_clones("default", "avx2")))
 #else
 #define WIDER
@@ -208,11 +208,13 @@ void search(const Trellis& trellis, const float* costs, int64_t n, const Parts& 
 #define ALWAYS_INLINE inline
 #endif
 
+// Non-local means, see lic_means.
+
 // d: differences of n pixels of a row from others, in PLANES planes `stride` and d's rows n apart. sums: of each but the
 // first and last one those of the squares of its own and of its two neighbours'.
 template <int PLANES>
 ALWAYS_INLINE void differences(const float* here, const float* there, int64_t stride, int64_t n, float* __restrict d,
-                        float* __restrict squares, float* __restrict sums) {
+                               float* __restrict squares, float* __restrict sums) {
     for (int64_t x = 0; x < n; ++x) {
         float square = 0;
         for (int k = 0; k < PLANES; ++k) {
@@ -241,7 +243,7 @@ ALWAYS_INLINE void weigh(const float* above, const float* at, const float* below
 // Adds weights of n pixels to the first row of sums, and weights times differences, or less these, to the others.
 template <int PLANES, bool LESS>
 ALWAYS_INLINE void add(const float* weight, const float* d, int64_t d_stride, int64_t n, float* __restrict sums,
-                int64_t stride) {
+                       int64_t stride) {
     for (int64_t x = 0; x < n; ++x) {
         const float w = weight[x];
         sums[x] += w;
