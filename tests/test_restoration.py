@@ -171,8 +171,8 @@ def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: f
             for column in range(REACH, s.shape[1] - REACH):
                 x = plane[row, column]
                 features = [1, x / 8, planes[0][row, column] / 8 if k else x * x / 512]
-                features += means_by_the_specification(planes, k, row, column, step)
-                features += shrunken_by_the_specification(plane, row, column, step)
+                features += [8 * mean for mean in means_by_the_specification(planes, k, row, column, step)]
+                features += [8 * change for change in shrunken_by_the_specification(plane, row, column, step)]
                 for i, j in pairs:
                     one, other = plane[row + i, column + j] - x, plane[row - i, column - j] - x
                     features += [one + other, sum(np.clip(t, -step / 4, step / 4) for t in (one, other))]

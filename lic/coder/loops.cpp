@@ -390,19 +390,17 @@ WIDER void shrink(const Cosines& cosines, int64_t first, const float* thresholds
 
 // The first `width` pixels of a row that all its blocks have added to, less the row itself. It begins where the strip does.
 WIDER void leave(const Cosines& cosines, const float (&sums)[SIDE][BLOCKS], const float* row, int64_t width, float* out) {
-    float columns[STRIDE][BLOCKS + SIDE] = {};
+    float places[SIDE][BLOCKS];
     for (int64_t x = 0; x < BLOCKS; x += 8) {
         Eight in[SIDE], found[SIDE];
         for (int64_t u = 0; u < SIDE; ++u) std::memcpy(&in[u], &sums[u][x], sizeof in[u]);
         to_places(cosines, in, found);
-        for (int64_t i = 0; i < SIDE; ++i) {
-            Eight sum;
-            std::memcpy(&sum, &columns[i % STRIDE][x + i / STRIDE], sizeof sum);
-            sum += found[i];
-            std::memcpy(&columns[i % STRIDE][x + i / STRIDE], &sum, sizeof sum);
-        }
+        for (int64_t i = 0; i < SIDE; ++i) std::memcpy(&places[i][x], &found[i], sizeof found[i]);
     }
     constexpr float COUNT = (SIDE / STRIDE) * (SIDE / STRIDE);
+    float columns[STRIDE][BLOCKS] = {};  // added up in the same order everywhere, so that a region is as in the whole
+    for (int64_t i = 0; i < SIDE; ++i)
+        for (int64_t x = BEFORE / STRIDE; x < BLOCKS; ++x) columns[i % STRIDE][x] += places[i][x - i / STRIDE];
     for (int64_t x = 0; x < width; ++x) out[x] = columns[x % STRIDE][(x + BEFORE) / STRIDE] / COUNT - row[x];
 }
 
