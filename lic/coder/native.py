@@ -125,9 +125,9 @@ class Loops:
         before, branch = (np.ascontiguousarray(array, np.int64) for array in (before, branch))
         shares = max(1, min(threads, len(parts[0])))
 
-        def search(share: int) -> None:
+        def search(share: int) -> int:
             own = [np.ascontiguousarray(array[share::shares], np.int64) for array in parts]
-            failed = self._search(
+            failed: int = self._search(
                 _at(costs, np.float32),
                 ctypes.c_int64(costs.shape[1]),
                 *(_at(array, np.int64) for array in own),
@@ -137,8 +137,7 @@ class Loops:
                 ctypes.c_int64(before.shape[1]),
                 *(_at(array, np.int64) for array in found),
             )
-            if failed:
-                raise MemoryError
+            return failed
 
         _in_threads(search, shares)
 
@@ -167,8 +166,8 @@ class Loops:
         result = np.empty((int(offsets[-1, 2]) + 1, 2, count, height, width), np.float32)
         both = np.array(kernels, np.float32)
 
-        def share_of(share: int) -> None:
-            failed = self._means(
+        def share_of(share: int) -> int:
+            failed: int = self._means(
                 _at(planes, np.float32),
                 _at(calm, np.float32),
                 *(ctypes.c_int64(size) for size in (count, height, width, reach)),
@@ -181,8 +180,7 @@ class Loops:
                 ctypes.c_int64(threads),
                 _at(result, np.float32),
             )
-            if failed:
-                raise MemoryError
+            return failed
 
         _in_threads(share_of, threads)
         return result
@@ -201,8 +199,8 @@ class Loops:
         result = np.empty((2, count, height, width), np.float32)
         both = np.array(thresholds, np.float32)
 
-        def share_of(share: int) -> None:
-            failed = self._shrunken(
+        def share_of(share: int) -> int:
+            failed: int = self._shrunken(
                 _at(planes, np.float32),
                 *(ctypes.c_int64(size) for size in (count, height, width, reach)),
                 _at(both, np.float32),
@@ -210,20 +208,21 @@ class Loops:
                 ctypes.c_int64(threads),
                 _at(result, np.float32),
             )
-            if failed:
-                raise MemoryError
+            return failed
 
         _in_threads(share_of, threads)
         return result
 
 
-def _in_threads(work: Callable[[int], None], threads: int) -> None:
-    """Does shares 0..threads - 1 of some work, each in a thread."""
+def _in_threads(work: Callable[[int], int], threads: int) -> None:
+    """Does shares 0..threads - 1 of some work, each in a thread. Raises MemoryError if one returns anything but 0."""
     if threads == 1:
-        work(0)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
+        failed = [work(0)]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            failed = list(pool.map(work, range(threads)))
+    if any(failed):
+        raise MemoryError
 
 
 def _at(array: npt.NDArray[Any], dtype: type[np.generic]) -> ctypes.c_void_p:
