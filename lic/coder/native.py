@@ -1,4 +1,4 @@
-"""The compiled loops of loops.cpp: where there is a C++ compiler; elsewhere numpy and plain Python do the same."""
+"""The compiled loops of loops.cpp: where there is a C++ compiler; elsewhere numpy, torch and plain Python do the same."""
 
 from __future__ import annotations
 
