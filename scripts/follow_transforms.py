@@ -3,12 +3,14 @@
 Usage: python scripts/follow_transforms.py OLD_WEIGHTS_FOLDER NEW_WEIGHTS_FOLDER --base base
 
 Every model that shares arrays with OLD/base.safetensors is written to NEW, where the new base lies. It gets the new
-transforms; where its own were others (modules of its own apart), it keeps its difference. Its entropy model stays as it
+transforms; where its own were others (modules of its own apart), it keeps its difference. It gets the new refinement
+if its synthesis is that of the new base. Its entropy model stays as it
 is, and so do its record and its rates: those at quality 0 and 100 may be a little different now.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,6 +21,7 @@ from lic.model import store
 from lic.model.codec import CodecModel
 
 TRANSFORMS = ("g_a.", "h_a.", "g_s.", "log_igain.", "centroids")
+REFINEMENT = "refinement."
 
 
 @torch.no_grad()
@@ -28,12 +31,15 @@ def follow(net: CodecModel, old: CodecModel, new: CodecModel) -> None:
     Raises LicError if anything else than transforms is another in ``new``.
     """
     own, before, after = net.state_dict(), old.state_dict(), new.state_dict()
-    if any(not torch.equal(after[k], v) for k, v in before.items() if not k.startswith(TRANSFORMS)):
+    if any(not torch.equal(after[k], v) for k, v in before.items() if not k.startswith((*TRANSFORMS, REFINEMENT))):
         raise LicError("the new base is another in more than its transforms")
-    for name in (k for k in before if k.startswith(TRANSFORMS)):
+    for name in (k for k in before if k.startswith(TRANSFORMS)):  # not the refinement, which is taken as a whole
         same = torch.equal(own[name], before[name])
         own[name].copy_(after[name] if same else own[name] + (after[name] - before[name]))
     net.g_s.limit = new.g_s.limit
+    if all(torch.equal(own[k], after[k]) for k in after if k.startswith("g_s.")):  # a refinement is for its synthesis
+        net.config = replace(net.config, refinement=new.config.refinement)
+        net.refinement = new.refinement
 
 
 @click.command()

@@ -15,8 +15,9 @@ import lic as package
 from lic import container
 from lic.bench.metrics import ms_ssim
 from lic.container import FILTER, BitWriter, Container, Header, Section
+from lic.denoising import cosine_shrinkage, non_local_means
 from lic.errors import CorruptError
-from lic.pipeline import cosine_shrinkage, non_local_means, windows
+from lic.pipeline import windows
 from lic.pipeline.distortion import Distortion, MsSsim, SquaredError, halved
 from lic.pipeline.restoration import (
     DENOISED,

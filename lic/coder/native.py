@@ -1,4 +1,4 @@
-"""The compiled loops of loops.cpp: where there is a C++ compiler; elsewhere numpy, torch and plain Python do the same."""
+"""The compiled loops of loops.cpp, where there is a C++ compiler; elsewhere numpy, torch and Python do the same."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Loops:
         constant: float,
         threads: int = 1,
     ) -> Floats:
-        """Non-local means, as :func:`lic.pipeline.non_local_means.means` has them. Raises MemoryError.
+        """Non-local means, as :func:`lic.denoising.non_local_means.means` has them. Raises MemoryError.
 
         Args:
             planes: (1 or 3, H + 2·reach, W + 2·reach).
@@ -186,7 +186,7 @@ class Loops:
         return result
 
     def shrunken(self, planes: Floats, reach: int, thresholds: tuple[float, ...], threads: int = 1) -> Floats:
-        """Shrunken cosine transforms, as :func:`lic.pipeline.cosine_shrinkage.shrunken` has them. Raises MemoryError.
+        """Shrunken cosine transforms, as :func:`lic.denoising.cosine_shrinkage.shrunken` has them. Raises MemoryError.
 
         Args:
             planes: (K, H + 2·reach, W + 2·reach), reach being even and 8 or more.

@@ -20,6 +20,7 @@ from lic.model.context.base import INDEX_BITS, LOG_SCALE_0, LOG_SCALE_STEP
 from lic.model.dependent import SPACING, SPACING_LOG2, Dependent
 from lic.model.hyperprior import HyperAnalysis, HyperPrior, HyperSynthesis
 from lic.model.layers import Matrix, lower_bound
+from lic.model.refinement import Refinement
 from lic.model.transforms import Analysis, LappedShortcut, Synthesis
 from lic.quality import MAX_CODE, MAX_LAMBDA, MIN_LAMBDA
 
@@ -73,6 +74,7 @@ class CodecModel(nn.Module):
         self.shortcut = LappedShortcut(config.latent)
         self.g_a = Analysis(config)
         self.g_s = Synthesis(config)
+        self.refinement = Refinement(config) if config.refinement else None
         self.h_a = HyperAnalysis(config)
         self.h_s = HyperSynthesis(config)
         self.prior = HyperPrior(config)
@@ -193,7 +195,7 @@ class CodecModel(nn.Module):
 
     def gain(self, code: Tensor) -> Tensor:
         """Quantiser steps per pixel unit, (B, M), for codes (B,): λ's theoretical step times a learned factor."""
-        return torch.exp(self.log_gain(code)) * (255 / _step(code)).unsqueeze(-1)
+        return torch.exp(self.log_gain(code)) * (255 / step_of(code)).unsqueeze(-1)
 
     def igain(self, code: Tensor) -> Tensor:
         """Pixel units per quantiser step at the decoder, (B, M)."""
@@ -214,7 +216,7 @@ class CodecModel(nn.Module):
         The logarithm of the unit is linear between knots, as are those of the gain and of the theoretical step.
         """
         code = torch.arange(len(self.log_gain.table), device=self.sigma.device) * self.log_gain.spacing
-        log = self.log_gain.table.double() - torch.log(_step(code).double() / 255).unsqueeze(-1)
+        log = self.log_gain.table.double() - torch.log(step_of(code).double() / 255).unsqueeze(-1)
         log = log + torch.log(self.sigma.double())
         log2 = log * (2**EXP2_INDEX_BITS / math.log(2))
         if self.spacing == SPACING:
@@ -266,6 +268,24 @@ class CodecModel(nn.Module):
         y = y * self.igain(code)[:, None, None]
         linear = self.shortcut.synthesis(y)
         return linear + self.g_s(y, linear, code).float()
+
+    def decoded(self, y: Tensor, code: Tensor) -> Tensor:
+        """Pixels in [-0.5, 0.5] as a decoder shows them: those of :meth:`synthesis`, refined if there is a refinement.
+
+        An encoder corrects and optimises latents by the plain ones, since the refinement has no say in the rate and
+        answers changes of the latents hardly otherwise.
+        """
+        return self.plain_and_decoded(y, code)[1]
+
+    def plain_and_decoded(self, y: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels of :meth:`synthesis`, in the range of samples, and of :meth:`decoded`."""
+        y = y * self.igain(code)[:, None, None]
+        linear = self.shortcut.synthesis(y)
+        features = self.g_s.features(y, linear, code)
+        x = (linear + self.g_s.ended(features).float()).clamp(-0.5, 0.5)
+        return x, x if self.refinement is None else x + self.refinement(
+            x, features.float(), code, step_of(code)
+        ).float()
 
     def hyper_analysis(self, y: Tensor, code: Tensor) -> Tensor:
         """z, not rounded, from unrounded latents in quantiser steps."""
@@ -393,7 +413,7 @@ def lambda_of(code: Tensor) -> Tensor:
     return MIN_LAMBDA * torch.exp(code.float() / MAX_CODE * math.log(MAX_LAMBDA / MIN_LAMBDA))
 
 
-def _step(code: Tensor) -> Tensor:
+def step_of(code: Tensor) -> Tensor:
     """:func:`lic.quality.step_of` on tensors."""
     return torch.sqrt(26 / lambda_of(code))
 

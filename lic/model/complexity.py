@@ -15,7 +15,8 @@ from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict[str, float]:
     """Thousand multiply-adds per pixel of each part on a picture of that size, the context model with its cache.
 
-    The analysis is counted without its corrections, each of which costs an encoder a synthesis and the shortcut.
+    The synthesis is counted with its refinement, but for denoising; the analysis without its corrections, each of which
+    costs an encoder a plain synthesis and the shortcut.
     """
     config: Config = net.config
     with torch.no_grad():
@@ -35,7 +36,7 @@ def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict
             "hyper_analysis": count(lambda: net.hyper_analysis(y, code)),
             "hyper_synthesis": count(lambda: net.h_s(z, code)),
             "context": count(lambda: net.context.teacher(psi, y, code, unit)),
-            "synthesis": count(lambda: net.synthesis(y, code)),
+            "synthesis": count(lambda: net.decoded(y, code)),
         }
     decoder = parts["hyper_synthesis"] + parts["context"] + parts["synthesis"]
     return parts | {"decoder": round(decoder, 2)}

@@ -8,7 +8,8 @@ from typing import Any
 
 DOWNSAMPLING = 16  # pixels per latent position, one side
 HYPER_DOWNSAMPLING = 64  # pixels per hyper-latent position, one side: images are padded to multiples of it
-_OPTIONAL = {"non_local_heads"}  # fields that may be left out of the JSON
+REFINEMENT = (32, 3)  # width and blocks of a refinement that begins anew
+_OPTIONAL = {"non_local_heads", "refinement"}  # fields that may be left out of the JSON
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Config:
     system: str = "groupedmixer"
     context: Mapping[str, Any] = field(default_factory=dict)
     non_local_heads: int = 0  # of the non-local attention modules in transforms and hyperprior; 0: no modules
+    refinement: tuple[int, ...] = ()  # width and number of blocks of the refinement behind g_s; none: no refinement
 
     def to_json(self) -> dict[str, Any]:
         """Without the optional fields that have their default: weights from before these were there stay the same."""

@@ -9,7 +9,8 @@ Large arrays that become much smaller by it are deflated.
 The *entropy identity* of a model is the first 4 bytes of the SHA-256 over everything that the symbols of a file depend
 on: configuration, units of the activations, the arrays of h_s and of the context model, the tables, trellis, chain and
 neighbours. The *synthesis identity* (2 bytes) covers what pixels depend on besides: g_s, the shortcut, the gains, the
-centroids and the offsets.
+centroids, the offsets and the refinement. Weights with a refinement have a second one, without it, so that they still
+decode the files of weights that had none.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 EXACT_PARTS = ("h_s", "context")
 ENTROPY_PARTS = (*EXACT_PARTS, "units", "tables", "trellis", "chain", "neighbours")
-SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets")
+SYNTHESIS_PARTS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets", "refinement")
 REVISION = 2  # of what the code computes from the same arrays: raised whenever that changes
-NETWORKS = ("g_a", "g_s", "h_a")
+NETWORKS = ("g_a", "g_s", "h_a", "refinement")
 HALF_PARTS = (*NETWORKS, *EXACT_PARTS, "shortcut", "centroids")
 SHORTCUT, PACKED = "shortcut.weight", "shortcut.packed"
 LARGE_ROWS = 16  # of the shortcut, whose latents span so many steps that 12 bits would show
 SMALLEST_ROW = 1e-3  # largest value of a row of 8-bit integers; smaller rows lose bits, which do not matter
+REFINEMENT = "refinement"  # the field of the configuration, and the part
 LIMIT = "g_s.limit"  # Synthesis.limit, left out where it is infinite
 ADAPTED = "g_a.last.left"  # an adapter's first half; if there is one, every matrix of g_a and g_s has one of that rank
 CENTROIDS = "centroids"  # left out where they are zeros
@@ -69,6 +71,7 @@ class ModelInfo:
     path: Path
     entropy_id: bytes
     synthesis_id: bytes
+    plain_synthesis_id: bytes | None  # without its refinement, if it has one
     config: dict[str, Any]
     grids: dict[str, int]  # fraction bits of the activations of the exact path
     parameters: int
@@ -78,6 +81,13 @@ class ModelInfo:
     shared_from: str | None  # weights file in the same folder that holds the other arrays
     shared: list[str]  # their names, or those of whole parts with a dot: "g_a."
     deflated: dict[str, tuple[str, list[int]]]  # type and shape of the arrays that are stored as zlib streams
+
+    def plain(self) -> ModelInfo:
+        """The same model without its refinement, if it has one."""
+        if self.plain_synthesis_id is None:
+            return self
+        config = {name: value for name, value in self.config.items() if name != REFINEMENT}
+        return replace(self, synthesis_id=self.plain_synthesis_id, plain_synthesis_id=None, config=config)
 
     @cached_property
     def sha256(self) -> str:
@@ -134,6 +144,7 @@ def read_info(path: Path) -> ModelInfo:
             path=path,
             entropy_id=bytes.fromhex(meta["entropy_id"]),
             synthesis_id=bytes.fromhex(meta["synthesis_id"]),
+            plain_synthesis_id=bytes.fromhex(plain) if (plain := meta.get("plain_synthesis_id")) else None,
             config=meta["config"],
             grids=meta["grids"],
             parameters=meta["parameters"],
@@ -167,7 +178,7 @@ def load(name: str, device: str = "cpu") -> LoadedModel:
 def find_for(header: Header) -> ModelInfo:
     """The installed model that a file was made with. Raises UnsupportedError naming it if there is none."""
     models = available()
-    for info in models:
+    for info in (its for model in models for its in (model, model.plain())):
         if info.entropy_id == header.entropy_id and info.synthesis_id == header.synthesis_id:
             return info
     wanted = f"{header.model} {header.entropy_id.hex()}-{header.synthesis_id.hex()}"
@@ -187,6 +198,8 @@ def load_file(info: ModelInfo, device: str = "cpu") -> LoadedModel:
             parts = tuple(name for name in info.shared if name.endswith("."))
             names = {name for name in others if name.startswith(parts)} | set(info.shared).difference(parts)
             arrays = {name: others[name] for name in names} | arrays
+        if REFINEMENT not in info.config:
+            arrays = _plain(arrays)
         tables = {
             kind: Tables.from_arrays({k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"tables.{kind}.")})
             for kind in ("y", "z")
@@ -220,6 +233,11 @@ def read_arrays(info: ModelInfo) -> dict[str, np.ndarray]:
         data = zlib.decompressobj().decompress(arrays[name].tobytes(), MOST_INFLATED)
         arrays[name] = np.frombuffer(bytearray(data), kind).reshape(shape)  # bytes alone could not be written to
     return arrays
+
+
+def _plain(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the model without its refinement."""
+    return {name: value for name, value in arrays.items() if not name.startswith(REFINEMENT + ".")}
 
 
 def _deflated(value: np.ndarray) -> np.ndarray:
@@ -326,7 +344,7 @@ def without_dependence(model: LoadedModel) -> LoadedModel:
 def identities(config: dict[str, Any], grids: dict[str, int], arrays: dict[str, np.ndarray]) -> tuple[bytes, bytes]:
     """(entropy identity, synthesis identity) of a configuration, units and the arrays of a weights file."""
     entropy, synthesis = hashlib.sha256(), hashlib.sha256()
-    shape = {k: v for k, v in config.items() if k != "name"} | {"grids": grids, "revision": REVISION}
+    shape = {k: v for k, v in config.items() if k not in ("name", REFINEMENT)} | {"grids": grids, "revision": REVISION}
     entropy.update(json.dumps(shape, sort_keys=True).encode())
     for name in sorted(arrays):
         part = name.partition(".")[0]
@@ -409,13 +427,16 @@ def write_model(path: Path, net: CodecModel, meta: dict[str, Any], shared_from: 
     stored = {k: _deflated(v) for k, v in own.items()}
     config = net.config.to_json()
     grids = net.grid_bits()
-    entropy_id, synthesis_id = identities(json.loads(json.dumps(config)), grids, arrays)
+    as_read = json.loads(json.dumps(config))
+    entropy_id, synthesis_id = identities(as_read, grids, arrays)
+    plain_id = identities(as_read, grids, _plain(arrays))[1].hex() if REFINEMENT in config else None
     header = {
         "name": net.config.name,
         "config": config,
         "grids": grids,
         "entropy_id": entropy_id.hex(),
         "synthesis_id": synthesis_id.hex(),
+        "plain_synthesis_id": plain_id,
         "parameters": sum(p.numel() for p in net.parameters()),
         "kmac": kmac_per_pixel(net),
         "rate_range": meta.get("rate_range"),

@@ -171,6 +171,10 @@ class Synthesis(nn.Module):
         self.limit = SYNTHESIS_LIMIT  # infinite in weights from before there was one
 
     def forward(self, y: Tensor, linear: Tensor, code: Tensor) -> Tensor:
+        return self.ended(self.features(y, linear, code))
+
+    def features(self, y: Tensor, linear: Tensor, code: Tensor) -> Tensor:
+        """What the last stage makes of them: (B, 4·h, 4·w, w4)."""
         x = self.first(y)
         if self.non_local is not None:
             x = self.non_local(Fixed(x), self.floating).x
@@ -178,8 +182,11 @@ class Synthesis(nn.Module):
         x = depth_to_space(self.up8(x), 2) + self.linear8(space_to_depth(linear, 8))
         x = self.stage8(x, code, self.limit)
         x = depth_to_space(self.up4(x), 2) + self.linear4(space_to_depth(linear, 4))
-        x = self.stage4(x, code, self.limit)
-        return depth_to_space(self.last(x), 4)
+        return self.stage4(x, code, self.limit)
+
+    def ended(self, features: Tensor) -> Tensor:
+        """Pixels of :meth:`features`: (B, 16·h, 16·w, 3)."""
+        return depth_to_space(self.last(features), 4)
 
 
 def _zero(layer: Matrix) -> Matrix:

@@ -19,16 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lic import denoising
 from lic.container import FILTER, BitReader, BitWriter, Container, Section
+from lic.denoising import COLOURS, pixels_of, planes_of
 from lic.errors import CorruptError
-from lic.pipeline import cosine_shrinkage, non_local_means
-from lic.pipeline.cosine_shrinkage import SHRUNKEN
 from lic.pipeline.distortion import halved
-from lic.pipeline.non_local_means import MEANS
 from lic.quality import lambda_of, step_of
 
 FARTHEST = 3  # neighbour, in pixels
-REACH = max(FARTHEST, non_local_means.REACH, cosine_shrinkage.REACH)  # even, for the sake of the latter
+REACH = max(FARTHEST, denoising.REACH)
 # One of each pair of opposite neighbours, (down, right), the nearest first.
 NEIGHBOURS = sorted(
     (
@@ -40,12 +39,10 @@ NEIGHBOURS = sorted(
     key=lambda at: (at[0] + abs(at[1]), at),
 )
 OF_SAMPLES = 3  # features that are no differences
-DENOISED = MEANS + SHRUNKEN  # features that are what a denoised sample would be more
+DENOISED = denoising.CHANGES  # features that are what a denoised sample would be more
 TIMES = 8  # what is denoised, so that its coefficients are about as large as others
 FEATURES = OF_SAMPLES + DENOISED + 2 * len(NEIGHBOURS)
 CLIPPED = 0.25  # of the quantiser's step
-MIDDLE = 127.5  # of samples 0..255
-COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (2 / 3, -4 / 3, 2 / 3))  # what each plane adds to red, green and blue
 LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 6, 2
 VERSION = 2  # of the format that has such filters; those of version 1 have none DENOISED, and COUNT_BITS less one
 MAX_PREFIX = 15
@@ -117,7 +114,7 @@ class Restoration:
         with_denoised = any(any(plane.values[OF_SAMPLES : OF_SAMPLES + DENOISED]) for plane in self.planes)
         bands = []
         for band in _bands(pixels):
-            planes = _planes(band)
+            planes = planes_of(band)
             denoised = _denoised(planes, step) if with_denoised else None
             filtered = []
             for index, plane in enumerate(self.planes):
@@ -127,7 +124,7 @@ class Restoration:
                     if weight:
                         total.add_(feature, alpha=weight)
                 filtered.append(total)
-            bands.append(_pixels(filtered))
+            bands.append(pixels_of(filtered))
         return torch.cat(bands).clamp_(0, 255)
 
 
@@ -149,7 +146,7 @@ class Statistics:
         self._pixels += slope.shape[0] * slope.shape[1]
         bands = (_bands_of(worth, BAND >> scale, len(slope)) for scale, worth in enumerate(worths))
         for band, its_slope, *its_worths in zip(_bands(decoded), slope.split(BAND), *bands, strict=True):
-            planes = _planes(band)
+            planes = planes_of(band)
             denoised = _denoised(planes, step)
             for index, colour in enumerate(COLOURS[: len(planes)]):
                 mixed = its_slope.new_tensor(colour[: slope.shape[2]])
@@ -289,23 +286,6 @@ def _bands_of(worth: Tensor, rows: int, height: int) -> Sequence[Tensor]:
     return [worth] * -(-height // BAND) if worth.shape[:2] == (1, 1) else worth.split(rows)
 
 
-def _planes(pixels: Tensor) -> list[Tensor]:
-    """Of (H, W, 3): the mean of the colours, red - blue, and these two - green, whose errors are orthogonal."""
-    if pixels.shape[-1] == 1:
-        return [pixels[..., 0] - MIDDLE]
-    red, green, blue = pixels.unbind(-1)
-    return [(red + green + blue) / 3 - MIDDLE, (red - blue) / 2, (red - 2 * green + blue) / 4]
-
-
-def _pixels(planes: Sequence[Tensor]) -> Tensor:
-    """The inverse of :func:`_planes`."""
-    if len(planes) == 1:
-        return planes[0][..., None] + MIDDLE
-    mean, first, second = planes
-    mean = mean + MIDDLE
-    return torch.stack([mean + first + 2 / 3 * second, mean - 4 / 3 * second, mean - first + 2 / 3 * second], dim=-1)
-
-
 def _inner(plane: Tensor, down: int, right: int) -> Tensor:
     """What is so far from each sample, which are those at least REACH from the borders."""
     height, width = (side - 2 * REACH for side in plane.shape)
@@ -314,15 +294,7 @@ def _inner(plane: Tensor, down: int, right: int) -> Tensor:
 
 def _denoised(planes: Sequence[Tensor], step: float) -> Tensor:
     """The features of all planes that take long: (DENOISED, K, H, W), of planes with REACH more at each side."""
-    together = torch.stack(list(planes))
-
-    def with_around(pixels: int) -> Tensor:
-        inner = slice(REACH - pixels, pixels - REACH or None)
-        return together[:, inner, inner]
-
-    means = non_local_means.means(with_around(non_local_means.REACH), step)
-    shrunken = cosine_shrinkage.shrunken(with_around(cosine_shrinkage.REACH), step)
-    return torch.cat([means, shrunken]).mul_(TIMES)
+    return denoising.changes(torch.stack(list(planes)), step).mul_(TIMES)
 
 
 def _features(planes: Sequence[Tensor], index: int, denoised: Tensor | None, step: float) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from lic.pipeline.restoration import REACH, Restoration, Statistics
 from lic.quality import lambda_of
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
-HALO = 8  # in latent positions; the transforms of `base` reach 6, the correction 7, the filter 20 pixels
+HALO = 9  # in latent positions, 144 pixels; the synthesis of `base` reaches 88, its refinement 36, the filter 20
 LOOKED_AT = 4  # windows of a large picture from which its filter is found
 
 
@@ -152,7 +152,7 @@ def synthesis(
     grid: Geometry | None = None,
     area: Area | None = None,
 ) -> list[Tensor]:
-    """g_s over windows: latents (B, h, w, M) -> pixels of each picture, (16·h, 16·w, 3), or (16·h, 16·w, 1) if gray.
+    """Decoded pixels over windows: latents (B, h, w, M) -> each picture, (16·h, 16·w, 3), or (16·h, 16·w, 1) if gray.
 
     ``code``: quality codes, (B,). ``samples``: what each picture is to be, uint8 or uint16; the one channel of gray is
     the mean of the network's three. ``restorations``: the filter behind g_s of each that has one. With ``area`` of the
@@ -182,7 +182,7 @@ def synthesis(
     for top, bottom, above, below in _windows(net, grid.height, area.top, area.bottom):
         for left, right, before, after in _windows(net, grid.width, area.left, area.right):
             window, box = Area(above, before, below, after), Area(top, left, bottom, right)
-            parts = net.synthesis(window.of(y, origin), code)
+            parts = net.decoded(window.of(y, origin), code)
             each = zip(pictures, parts, samples, restorations, code.tolist(), strict=True)
             for picture, part, (gray, bits), restoration, its_code in each:
                 white = 2**bits - 1
@@ -212,7 +212,7 @@ def restorations(
     looked_at: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pictures]
     for top, bottom, above, below, left, right, before, after in all_windows[::stride]:
         window, box = Area(above, before, below, after), Area(top, left, bottom, right)
-        parts = net.synthesis(y[:, above:below, before:after], code)
+        parts = net.decoded(y[:, above:below, before:after], code)
         for i, (part, picture, its_code) in enumerate(zip(parts, pictures, code.tolist(), strict=True)):
             seen = _samples(picture, top, bottom, left, right, y.device)
             if seen.numel() == 0:

@@ -34,6 +34,7 @@ from lic.quality import TUNES
             "vectors",
             "adapters",
             "synthesis-adapters",
+            "refinement",
         ]
     ),
     default="all",
@@ -133,11 +134,14 @@ def command(data, folder, minutes, schedule_minutes, init, device, threads, **se
     else:
         if settings["part"] != "all" and init is None:
             raise LicError(f"--part {settings['part']} needs the other parts: give --init")
-        trainer = Trainer(Settings(schedule_minutes=schedule_minutes or minutes, **settings), target)
-        if init is not None:
+        run = Settings(schedule_minutes=schedule_minutes or minutes, **settings)
+        if init is None:
+            trainer = Trainer(run, target)
+        else:
             from lic.model.store import load_file, read_info
 
             net = averaged_model(init)[0] if init.suffix == ".pt" else load_file(read_info(init)).net
+            trainer = Trainer(run, target, refinement=net.config.refinement)
             trainer.start_from(net.state_dict(), net.dependent)
     write = append_log(folder / "log.jsonl")
 

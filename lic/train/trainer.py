@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lic.coder import Tables
 from lic.errors import LicError
-from lic.model.codec import QUANTISERS, CodecModel, lambda_of
-from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
+from lic.model.codec import QUANTISERS, CodecModel, lambda_of, step_of
+from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, REFINEMENT, Config
 from lic.model.dependent import Chains, Dependent
 from lic.model.layers import space_to_depth
 from lic.model.neighbours import Neighbours
@@ -43,6 +43,7 @@ LOSS_EXPONENT = 0.4
 MAX_COST = 20.0  # what one crop adds to a batch's loss: 99 of 100 crops of photographs cost less, patterns up to 20,000
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
 ENCODED, ENCODED_USES = 20, 5  # batches of dependently quantised latents at hand, and steps that each serves
+NEGLIGIBLE = 0.02  # squared quantiser steps, of the error that a refinement is to lower: a quarter of rounding's
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
 
@@ -58,10 +59,15 @@ PARTS = {
     "vectors": "these and the transforms' biases and depthwise kernels: all of them but their matrices",
     "adapters": "these and additions of low rank to the matrices (--rank)",
     "synthesis-adapters": "all of these that belong to the synthesis, on latents quantised as the encoder does",
+    "refinement": "the refinement behind the synthesis, which begins anew if there is none, on the same latents",
 }
 WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
 WITH_ADAPTERS = ("adapters", "synthesis-adapters")  # the parts that have them
-OF_SYNTHESIS = ("synthesis", "synthesis-adapters")  # the parts that learn from latents that stay as they are
+OF_SYNTHESIS = (
+    "synthesis",
+    "synthesis-adapters",
+    "refinement",
+)  # the parts that learn from latents that stay as they are
 VECTORS, ADAPTERS = (".bias", ".spatial.weight"), (".left", ".right")
 
 
@@ -76,6 +82,8 @@ def is_trained(part: str, name: str) -> bool:
         return name.startswith(("log_gain.", "log_igain.", "centroids"))
     if part == "synthesis-adapters":
         return name.startswith(("g_s.", "log_igain.")) and is_trained("adapters", name)
+    if part == "refinement":
+        return name.startswith("refinement.")
     if part in ("transforms", "synthesis"):
         return name.startswith(("g_s.", "log_igain.", "centroids") + (("g_a.", "h_a.") if part == "transforms" else ()))
     return part == "all" or name.startswith("context.") or (part == "nonlocal" and ".non_local." in name)
@@ -128,12 +136,20 @@ class Trainer:
     Under ``torchrun`` every process trains on its own crops and the gradients are averaged; the first one saves.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, config: Config | None = None) -> None:
-        """``config``: the configuration, if it is not the present one of that name."""
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        config: Config | None = None,
+        refinement: tuple[int, ...] = (),
+    ) -> None:
+        """``config``: the configuration, if it is not the present one of that name with this ``refinement``."""
         self.settings, self.device = settings, device
         if config is None and settings.model not in CONFIGS:
             raise LicError(f"no configuration named {settings.model!r}; there are: {', '.join(CONFIGS)}")
-        config = config or CONFIGS[settings.model]
+        if settings.part == "refinement":
+            refinement = refinement or REFINEMENT
+        config = config or replace(CONFIGS[settings.model], refinement=refinement)
         if settings.part not in PARTS:
             raise LicError(f"the part to train must be one of {', '.join(PARTS)}, not {settings.part!r}")
         if settings.part == "nonlocal" and not config.non_local_heads:
@@ -262,6 +278,8 @@ class Trainer:
             weights = fresh | weights
         elif self.settings.part in WITH_ADAPTERS:
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
+        elif self.settings.part == "refinement":
+            weights = {k: v for k, v in own.items() if k.startswith("refinement.")} | weights
         self.model.load_state_dict(weights)
         if self.settings.part not in WITH_ENTROPY_MODEL and dependent is not None:
             if self.settings.exact_part:
@@ -397,6 +415,8 @@ class Trainer:
         """The loss of the part that is trained, of what :meth:`train_step` gives it."""
         if self.settings.part == "context":
             return self.rate_loss
+        if self.settings.part == "refinement":
+            return self.refinement_loss
         return self.loss if self.encoder is None else self.error_loss
 
     def loss(self, x: Tensor, code: Tensor, frozen: bool, refine: bool) -> tuple[Tensor, Tensor]:
@@ -422,6 +442,15 @@ class Trainer:
         distortion = self._distortion(x_hat, x)
         nothing = torch.zeros_like(distortion)
         return _weighted(nothing, nothing, distortion, code, x.shape[1] * x.shape[2])
+
+    def refinement_loss(self, x: Tensor, latents: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`error_loss`: the error relative to that without a refinement, so that all qualities count alike."""
+        with self.autocast():
+            plain, x_hat = self.model.plain_and_decoded(latents, code)
+        before, distortion = self._distortion(plain, x), self._distortion(x_hat, x)
+        loss = (distortion / (before + NEGLIGIBLE * step_of(code).square())).mean()
+        nothing = torch.zeros_like(loss)
+        return loss, torch.stack([loss, nothing, nothing, distortion.mean(), loss.new_ones(())]).detach()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _choose(self, y: Tensor, z: Tensor, code: Tensor, worth: Tensor | None) -> tuple[Tensor, Tensor]:
