@@ -354,7 +354,7 @@ def attend(q: Activation, k: Activation, v: Activation, bias: Ints) -> Activatio
 # Weights (5.2)
 
 ENTROPY = ("h_s", "context", "units", "tables", "trellis", "chain", "neighbours")
-SYNTHESIS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets")
+SYNTHESIS = ("shortcut", "g_s", "log_gain", "log_igain", "centroids", "offsets", "refinement")
 
 
 class Weights:
@@ -369,7 +369,8 @@ class Weights:
         self.config: dict[str, Any] = information["config"]
         self.grids: dict[str, int] = information["grids"]
         settings = {**self.config, "grids": self.grids, "revision": 2}
-        settings.pop("name", None)
+        for name in ("name", "refinement"):
+            settings.pop(name, None)
         settled = json.dumps(settings, sort_keys=True).encode()
         self.entropy_id = self._digest(settled, ENTROPY)[:4]
         self.synthesis_id = self._digest(b"", SYNTHESIS)[:2]

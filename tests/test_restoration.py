@@ -159,7 +159,7 @@ def shrunken_by_the_specification(plane: np.ndarray, row: int, column: int, step
 
 
 def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: float) -> np.ndarray:
-    """Chapter 6.4, pixel by pixel, of s (H + 2·REACH, W + 2·REACH, C)."""
+    """Chapters 6.4 and 6.6, pixel by pixel, of s (H + 2·REACH, W + 2·REACH, C)."""
     if s.shape[2] == 1:
         planes = [s[..., 0] - 127.5]
     else:

@@ -29,7 +29,7 @@ import lic
 from lic.errors import LicError, UnsupportedError
 from lic.model import store
 from lic.model.codec import CodecModel
-from lic.model.config import CONFIGS
+from lic.model.config import CONFIGS, REFINEMENT
 from lic.model.dependent import SPACING, Forgetful
 from lic.model.layers import Matrix
 from lic.train.chroma import soften_chroma
@@ -430,6 +430,43 @@ def test_synthesis_alone_on_dependently_quantised_latents(photos: Path, tmp_path
     assert restored.encoder is not None and restored.encoder.dependent is not None
     assert restored.encoder.dependent.chains == net.dependent.chains
     assert take_steps(restored, source, 2) == following
+
+
+def test_a_refinement_alone(photos: Path, tmp_path: Path) -> None:
+    """It begins anew, learns on latents that stay as they are, resumes, is exported and trained further."""
+    old = store.load_file(store.read_info(DATA / "models/tiny-chain.safetensors")).net
+    store.write_model(tmp_path / "whole.safetensors", old, {"provenance": {}})
+    info = store.read_info(tmp_path / "whole.safetensors")
+    net = store.load_file(info).net
+    source = prepared(photos)
+    trainer = Trainer(replace(SETTINGS, part="refinement", learning_rate=1e-2, warm_up_steps=1), CPU)
+    trainer.start_from(net.state_dict(), net.dependent)
+    assert trainer.model.config.refinement == REFINEMENT and trainer.encoder is not None
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    x, code = sample(source, 8, 64, trainer.generator, pattern_part=0)
+    latents = dequantised(trainer.encoder, x, code)
+    with torch.no_grad():
+        loss = trainer.refinement_loss(x, latents, code)[0]
+    take_steps(trainer, source, 30)
+    with torch.no_grad():
+        assert trainer.refinement_loss(x, latents, code)[0] < loss
+    changed = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"refinement." + k for k, _ in trainer.model.refinement.named_parameters()}
+    trainer.save(tmp_path / "state.pt")
+    following = take_steps(trainer, source, 2)
+    assert take_steps(Trainer.restore(tmp_path / "state.pt", CPU), source, 2) == following
+    target = tmp_path / "refined.safetensors"
+    options = {"calibration": [], "name": "refined", "data": "tests", "rate_range": None}
+    export(tmp_path / "state.pt", target, shared_from=info.path, **options)
+    found = store.read_info(target)
+    assert found.plain_synthesis_id == info.synthesis_id and found.entropy_id == info.entropy_id
+    with pytest.raises(LicError, match="dependent quantisation"):
+        Trainer(replace(SETTINGS, part="refinement"), CPU).start_from(net.state_dict())
+    refined = store.load_file(found).net
+    further = Trainer(replace(SETTINGS, part="synthesis"), CPU, refinement=refined.config.refinement)
+    further.start_from(refined.state_dict(), refined.dependent)
+    assert np.isfinite(take_steps(further, source, 2)).all()
+    assert torch.equal(further.model.state_dict()["refinement.last.bias"], refined.refinement.last.bias)
 
 
 @pytest.mark.parametrize(

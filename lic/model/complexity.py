@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lic.denoising import CHANGES
 from lic.model.codec import CodecModel
 from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
+from lic.model.refinement import PLANES
 
 
 def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict[str, float]:
     """Thousand multiply-adds per pixel of each part on a picture of that size, the context model with its cache.
 
-    The synthesis is counted with its refinement, but for denoising; the analysis without its corrections, each of which
-    costs an encoder a plain synthesis and the shortcut.
+    The analysis is counted without its corrections, each of which costs an encoder a synthesis and the shortcut, the
+    refinement without denoising, which has no products of matrices.
     """
     config: Config = net.config
     with torch.no_grad():
@@ -36,7 +38,12 @@ def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict
             "hyper_analysis": count(lambda: net.hyper_analysis(y, code)),
             "hyper_synthesis": count(lambda: net.h_s(z, code)),
             "context": count(lambda: net.context.teacher(psi, y, code, unit)),
-            "synthesis": count(lambda: net.decoded(y, code)),
+            "synthesis": count(lambda: net.synthesis(y, code)),
         }
-    decoder = parts["hyper_synthesis"] + parts["context"] + parts["synthesis"]
+        if (refinement := net.refinement) is not None:
+            features = torch.zeros(1, height // 4, width // 4, config.widths[0])
+            changes = torch.zeros(1, CHANGES * PLANES, height, width)
+            steps = torch.ones(1, 1, 1, 1)
+            parts["refinement"] = count(lambda: refinement.added(x, features, changes, code, steps))
+    decoder = sum(parts[part] for part in ("hyper_synthesis", "context", "synthesis", "refinement") if part in parts)
     return parts | {"decoder": round(decoder, 2)}

@@ -8,7 +8,7 @@ from typing import Any
 
 DOWNSAMPLING = 16  # pixels per latent position, one side
 HYPER_DOWNSAMPLING = 64  # pixels per hyper-latent position, one side: images are padded to multiples of it
-REFINEMENT = (32, 3)  # width and blocks of a refinement that begins anew
+REFINEMENT = (24, 3)  # width and blocks of a refinement that begins anew
 _OPTIONAL = {"non_local_heads", "refinement"}  # fields that may be left out of the JSON
 
 

@@ -1,4 +1,4 @@
-"""The refinement behind the synthesis: what pixels say of each other, at full resolution.
+"""The refinement behind the synthesis: what pixels say of each other (bitstream_spec.md, 6.5).
 
 g_s ends at a quarter of the resolution and sees a place through fixed kernels. Behind it, a small residual network at
 half of the resolution is given the pixels, what the last stage of g_s knows of them, and what non-local means and
@@ -9,6 +9,8 @@ every quality.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,57 +19,25 @@ from lic import denoising
 from lic.denoising import CHANGES, COLOURS, MIDDLE, planes_of
 from lic.exact import QualityTable
 from lic.model.config import Config
-from lic.model.layers import leaky
+from lic.model.layers import Depthwise, Matrix, depth_to_space, leaky, space_to_depth
 
-SOFTNESS = 4.0  # steps at which a detail counts half
+SCALE = 2  # pixels, one side, of a position of the network
 DETAIL = 5  # side of the mean that a detail differs from
+SOFTNESS = 4.0  # steps at which a detail counts half
 RANGE = 64.0  # of samples 0..255, for the network
 PLANES = 3
-REACH = denoising.REACH + 2 * 9  # pixels, for up to 4 blocks, at half of the resolution
+BAND = 256  # rows at a time, so that what is between stays in the cache
 
 
-class Convolution(nn.Module):
-    """A convolution with zero padding, side odd: weight (out, in·side²), so that it is stored as matrices are."""
-
-    def __init__(self, inputs: int, outputs: int, side: int = 3, gain: float = 1) -> None:
-        super().__init__()
-        self.inputs, self.side = inputs, side
-        size = inputs * side**2
-        self.weight = nn.Parameter(torch.randn(outputs, size) * gain * (1.5 / size) ** 0.5)
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, outputs, H, W)."""
-        return F.conv2d(x, self.kernel, self.bias, padding=self.side // 2)
-
-    @property
-    def kernel(self) -> Tensor:
-        kernel = self.weight.view(-1, self.inputs, self.side, self.side)
-        return kernel.contiguous(memory_format=torch.channels_last)
-
-
-class Halving(Convolution):
-    """A convolution of blocks of 2x2 pixels, of which it sees side² each: (B, C, H, W) -> (B, outputs, H/2, W/2)."""
-
-    def __init__(self, inputs: int, outputs: int, side: int = 3, gain: float = 1) -> None:
-        super().__init__(4 * inputs, outputs, side, gain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel = self.weight.view(-1, self.inputs // 4, 2, 2, self.side, self.side)
-        kernel = kernel.permute(0, 1, 4, 2, 5, 3).reshape(-1, self.inputs // 4, 2 * self.side, 2 * self.side)
-        kernel = kernel.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, kernel, self.bias, stride=2, padding=self.side - 1)
-
-
-class Block(nn.Module):
-    """x + 3x3 - leaky - 3x3."""
+class Mixing(nn.Module):
+    """x + 1x1 - depthwise 3x3 - 1x1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner, self.outer = Convolution(width, width), Convolution(width, width, gain=0.2)
+        self.inner, self.spatial, self.outer = Matrix(width, width), Depthwise(width), Matrix(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.outer(leaky(self.inner(x)))
+        return x + self.outer(self.spatial(leaky(self.inner(x))))
 
 
 class Refinement(nn.Module):
@@ -76,12 +46,15 @@ class Refinement(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         width, depth = config.refinement
-        self.pixels = Halving(2 * PLANES, width)
-        self.changes = Halving(CHANGES * PLANES, width, 1, 2)  # of a part of a step
-        self.features = Convolution(config.widths[0], 4 * width, 1, 0.5)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.reach = -(-(DETAIL // 2 + SCALE * depth) // 4) * 4  # rows that another row depends on, whole features
+        self.pixels = Matrix(SCALE**2 * 2 * PLANES, width)
+        self.changes = Matrix(SCALE**2 * CHANGES * PLANES, width)
+        self.features = Matrix(config.widths[0], (4 // SCALE) ** 2 * width)
         self.before, self.after = (QualityTable(config.knots, 2 * width) for _ in range(2))
-        self.last = Convolution(width, 4 * PLANES, gain=0)
+        self.blocks = nn.ModuleList(Mixing(width) for _ in range(depth))
+        self.last = Matrix(width, SCALE**2 * PLANES)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
         self.weights = QualityTable(config.knots, CHANGES * PLANES)  # of the changes
 
     def forward(self, x: Tensor, features: Tensor, code: Tensor, step: Tensor) -> Tensor:
@@ -91,35 +64,56 @@ class Refinement(nn.Module):
         """
         steps = step[:, None, None, None]
         x = 255 * (x + 0.5)
-        changes = _changes(x, steps)
-        x = x.permute(0, 3, 1, 2).contiguous()
-        detail = (x - F.avg_pool2d(x, DETAIL, 1, DETAIL // 2, count_include_pad=False)) / steps
+        planes = F.pad(torch.stack(planes_of(x), dim=1) / steps, (denoising.REACH,) * 4, mode="replicate")
+        height = x.shape[1]
+        band = height if torch.is_grad_enabled() or x.is_cuda else BAND
+        bands = []
+        for top in range(0, height, band):
+            first, last = max(0, top - self.reach), min(height, top + band + self.reach)
+            changes = _changes(planes[:, :, first : last + 2 * denoising.REACH])
+            added = self.added(x[:, first:last], features[:, first // 4 : last // 4], changes, code, steps)
+            bands.append(added[:, top - first : top - first + band])
+        return torch.cat(bands, dim=1) * (steps / 255)
+
+    def added(self, x: Tensor, features: Tensor, changes: Tensor, code: Tensor, steps: Tensor) -> Tensor:
+        """x (B, H, W, 3) in 0..255, features, changes (B, CHANGES·PLANES, H, W) -> (B, H, W, 3), in steps."""
+        detail = (x - _mean_around(x)) / steps
         detail = detail / (1 + detail.abs() / SOFTNESS)
-        v = self.pixels(torch.cat([(x - MIDDLE) / RANGE, detail], dim=1)) + self.changes(changes)
-        v = v + F.pixel_shuffle(self.features(features.permute(0, 3, 1, 2)), 2)
+        v = self.pixels(space_to_depth(torch.cat([(x - MIDDLE) / RANGE, detail], dim=-1), SCALE))
+        # Changes stay planes, which takes less time than to move them.
+        kernel = self.changes.weight.unflatten(1, (SCALE, SCALE, -1)).permute(0, 3, 1, 2)
+        v = v + F.conv2d(changes, kernel, self.changes.bias, stride=SCALE).permute(0, 2, 3, 1)
+        v = v + depth_to_space(self.features(features), 4 // SCALE)
         v = _scaled(v, self.before(code))
         for block in self.blocks:
             v = block(v)
-        own = F.pixel_shuffle(self.last(leaky(_scaled(v, self.after(code)))), 2)
-        return ((own + self._weighted(changes, code)) * (steps / 255)).permute(0, 2, 3, 1)
-
-    def _weighted(self, changes: Tensor, code: Tensor) -> Tensor:
-        """The sum of changes (B, CHANGES·PLANES, H, W) with weights by quality, in colours (B, 3, H, W)."""
-        weights = self.weights(code).view(-1, 1, CHANGES, PLANES)
-        colours = weights * weights.new_tensor(COLOURS).T[:, None]  # (B, 3, CHANGES, PLANES)
-        return (colours.flatten(2) @ changes.flatten(2)).view(-1, PLANES, *changes.shape[2:])
+        own = depth_to_space(self.last(leaky(_scaled(v, self.after(code)))), SCALE)
+        weights = self.weights(code).unflatten(1, (CHANGES, PLANES, 1)) * x.new_tensor(COLOURS)  # in colours
+        weighted = weights.flatten(1, 2).transpose(1, 2) @ changes.flatten(2)
+        return own + weighted.unflatten(2, changes.shape[2:]).permute(0, 2, 3, 1)
 
 
 @torch.no_grad()
-def _changes(x: Tensor, steps: Tensor) -> Tensor:
-    """Of pixels (B, H, W, 3) in 0..255, continued by those of the border: (B, CHANGES·PLANES, H, W), in steps."""
-    with torch.autocast(x.device.type, enabled=False):
-        planes = torch.stack(planes_of(x), dim=1) / steps
-        planes = F.pad(planes, (denoising.REACH,) * 4, mode="replicate")
+def _changes(planes: Tensor) -> Tensor:
+    """Of planes (B, PLANES, H + 2·REACH, W + 2·REACH) in steps: (B, CHANGES·PLANES, H, W)."""
+    with torch.autocast(planes.device.type, enabled=False):
         return torch.stack([denoising.changes(its, 1).flatten(0, 1) for its in planes])
 
 
+def _mean_around(x: Tensor) -> Tensor:
+    """Of the DETAIL x DETAIL pixels around each, as far as there are any: (B, H, W, C)."""
+    around = DETAIL // 2
+    for axis in (1, 2):  # one after the other, which is much faster than torch's own
+        size = x.shape[axis]
+        place = torch.arange(size, device=x.device)
+        count = (place + around).clamp(max=size - 1) - (place - around).clamp(min=0) + 1
+        padded = F.pad(x, (0, 0, 0, 0, around, around) if axis == 1 else (0, 0, around, around))
+        total = reduce(torch.add, (padded.narrow(axis, start, size) for start in range(DETAIL)))
+        x = total / count.view(-1, *[1] * (3 - axis))
+    return x
+
+
 def _scaled(v: Tensor, scale_and_offset: Tensor) -> Tensor:
-    """v (B, C, H, W) by scales and offsets (B, 2·C)."""
-    scale, offset = scale_and_offset[:, :, None, None].chunk(2, dim=1)
+    """v (B, H, W, C) by scales and offsets (B, 2·C)."""
+    scale, offset = scale_and_offset[:, None, None].chunk(2, dim=-1)
     return v * (1 + scale) + offset

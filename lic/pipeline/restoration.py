@@ -1,4 +1,4 @@
-"""A filter of a picture's own behind the synthesis, and its coefficients in the file (bitstream_spec.md, 6.4).
+"""A filter of a picture's own behind the synthesis, and its coefficients in the file (bitstream_spec.md, 6.6).
 
 The synthesis makes the best of all pictures of training. What it could do better for one picture, a little sharper here
 or smoother there, or other colours, is mostly a small linear filter: a Wiener filter, found by least squares from the

@@ -279,6 +279,8 @@ class Trainer:
         elif self.settings.part in WITH_ADAPTERS:
             weights = {k: v for k, v in own.items() if k.endswith(ADAPTERS)} | weights
         elif self.settings.part == "refinement":
+            if dependent is None:
+                raise LicError("a refinement (--part refinement) is for weights with dependent quantisation")
             weights = {k: v for k, v in own.items() if k.startswith("refinement.")} | weights
         self.model.load_state_dict(weights)
         if self.settings.part not in WITH_ENTROPY_MODEL and dependent is not None:
