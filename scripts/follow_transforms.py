@@ -1,11 +1,11 @@
-"""Carry weights files over to a base whose transforms alone were trained again (--part transforms or synthesis).
+"""Carry weights files over to a base of which transforms, synthesis or refinement alone were trained again.
 
 Usage: python scripts/follow_transforms.py OLD_WEIGHTS_FOLDER NEW_WEIGHTS_FOLDER --base base
 
 Every model that shares arrays with OLD/base.safetensors is written to NEW, where the new base lies. It gets the new
 transforms; where its own were others (modules of its own apart), it keeps its difference. It gets the new refinement
-if its synthesis is that of the new base. Its entropy model stays as it
-is, and so do its record and its rates: those at quality 0 and 100 may be a little different now.
+if its synthesis is that of the new base but for non-local modules. Its entropy model stays as it is, and so do its
+record and its rates: those at quality 0 and 100 may be a little different now.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def follow(net: CodecModel, old: CodecModel, new: CodecModel) -> None:
         same = torch.equal(own[name], before[name])
         own[name].copy_(after[name] if same else own[name] + (after[name] - before[name]))
     net.g_s.limit = new.g_s.limit
-    if all(torch.equal(own[k], after[k]) for k in after if k.startswith("g_s.")):  # a refinement is for its synthesis
+    synthesis = [k for k in own if k.startswith("g_s.") and ".non_local." not in k]
+    if all(k in after and torch.equal(own[k], after[k]) for k in synthesis):
         net.config = replace(net.config, refinement=new.config.refinement)
         net.refinement = new.refinement
 

@@ -23,6 +23,7 @@ from lic.model.codec import CodecModel, step_of
 from lic.model.config import CONFIGS
 from lic.model.refinement import Refinement
 from lic.pipeline import windows
+from lic.pipeline.restoration import REACH
 
 TINY = DATA / "models" / "tiny.safetensors"
 CONFIG = replace(CONFIGS["tiny"], refinement=(6, 2))
@@ -115,6 +116,19 @@ def test_it_does_what_the_specification_says(band: int, monkeypatch: pytest.Monk
         np.testing.assert_allclose(found[i], expected, atol=2e-4, rtol=2e-3)
 
 
+def test_it_reaches_no_farther_than_windows_have_room_for() -> None:
+    with pytest.raises(ValueError, match="8 blocks"):
+        Refinement(replace(CONFIG, refinement=(4, 8)))
+    net = randomised(Refinement(replace(CONFIG, refinement=(4, 7))))
+    pixels, features, code, step = inputs(160, 32)
+    other = pixels.clone()
+    other[:, 0] = -other[:, 0]
+    with torch.no_grad():
+        changed = (net(pixels, features, code, step) != net(other, features, code, step)).any(dim=(0, 2, 3))
+    reach = int(changed.nonzero().max())
+    assert 88 + reach + REACH <= windows.HALO * 16
+
+
 def test_with_gradients_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BAND", 16)
     net = randomised(Refinement(CONFIG)).requires_grad_(True)
@@ -196,6 +210,15 @@ def test_windows_leave_no_seam(refined: store.ModelInfo, picture: np.ndarray, mo
     assert np.abs(whole.astype(int) - in_parts).max() <= 1
     region = codec.decode_array(data, region=(161, 62, 100, 170))
     assert np.array_equal(region, in_parts[62:232, 161:261])
+
+
+def test_gray_without_a_refinement_is_the_mean_of_what_lies_beyond_white_too() -> None:
+    net = store.load_file(store.read_info(TINY)).net
+    y, code = 40 * torch.randn(1, 8, 8, CONFIG.latent, generator=torch.Generator().manual_seed(1)), torch.tensor([9e3])
+    with torch.no_grad():
+        (found,) = windows.synthesis(net, y, code, [windows.Samples(gray=True)])
+        expected = 255 * (net.synthesis(y, code)[0].mean(-1, keepdim=True) + 0.5)
+    assert (expected > 255).any() and (found.float() - expected.clamp(0, 255)).abs().max() <= 0.51
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])

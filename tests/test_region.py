@@ -92,7 +92,7 @@ def test_a_region_is_the_same_as_in_the_whole_picture(
     [
         ((0, 0, WIDTH, HEIGHT), 12),
         ((WIDTH - 1, HEIGHT - 1, 1, 1), 4),
-        ((0, 0, 1, 1), 4),  # the halo is as wide as such a tile
+        ((0, 0, 1, 1), 4),  # the halo is a little wider than such a tile
         ((130, 130, 100, 100), 9),
     ],
 )

@@ -270,22 +270,21 @@ class CodecModel(nn.Module):
         return linear + self.g_s(y, linear, code).float()
 
     def decoded(self, y: Tensor, code: Tensor) -> Tensor:
-        """Pixels in [-0.5, 0.5] as a decoder shows them: those of :meth:`synthesis`, refined if there is a refinement.
+        """Pixels that a decoder makes samples of: those of :meth:`synthesis`, refined if there is a refinement.
 
-        An encoder corrects and optimises latents by the plain ones, since the refinement has no say in the rate and
-        answers changes of the latents hardly otherwise.
+        Black is -0.5 and white 0.5; some may lie beyond. An encoder corrects and optimises latents by the plain ones,
+        since the refinement has no say in the rate and answers changes of the latents hardly otherwise.
         """
-        return self.plain_and_decoded(y, code)[1]
+        return self.synthesis(y, code) if self.refinement is None else self.plain_and_refined(y, code)[1]
 
-    def plain_and_decoded(self, y: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels of :meth:`synthesis`, in the range of samples, and of :meth:`decoded`."""
+    def plain_and_refined(self, y: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels of :meth:`synthesis`, in the range of samples, and refined ones."""
+        assert self.refinement is not None
         y = y * self.igain(code)[:, None, None]
         linear = self.shortcut.synthesis(y)
         features = self.g_s.features(y, linear, code)
         x = (linear + self.g_s.ended(features).float()).clamp(-0.5, 0.5)
-        return x, x if self.refinement is None else x + self.refinement(
-            x, features.float(), code, step_of(code)
-        ).float()
+        return x, x + self.refinement(x, features.float(), code, step_of(code)).float()
 
     def hyper_analysis(self, y: Tensor, code: Tensor) -> Tensor:
         """z, not rounded, from unrounded latents in quantiser steps."""

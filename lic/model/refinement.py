@@ -26,6 +26,7 @@ DETAIL = 5  # side of the mean that a detail differs from
 SOFTNESS = 4.0  # steps at which a detail counts half
 RANGE = 64.0  # of samples 0..255, for the network
 PLANES = 3
+MOST_BLOCKS = 7  # that the halo of lic.pipeline.windows has room for
 BAND = 256  # rows at a time, so that what is between stays in the cache
 
 
@@ -44,8 +45,11 @@ class Refinement(nn.Module):
     """Pixels of g_s, what its last stage knows, codes -> what is to be added to the pixels."""
 
     def __init__(self, config: Config) -> None:
+        """Raises ValueError for a refinement that reaches too far."""
         super().__init__()
         width, depth = config.refinement
+        if not 0 <= depth <= MOST_BLOCKS:
+            raise ValueError(f"a refinement of {depth} blocks")
         self.reach = -(-(DETAIL // 2 + SCALE * depth) // 4) * 4  # rows that another row depends on, whole features
         self.pixels = Matrix(SCALE**2 * 2 * PLANES, width)
         self.changes = Matrix(SCALE**2 * CHANGES * PLANES, width)
@@ -93,6 +97,7 @@ class Refinement(nn.Module):
         return own + weighted.unflatten(2, changes.shape[2:]).permute(0, 2, 3, 1)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _changes(planes: Tensor) -> Tensor:
     """Of planes (B, PLANES, H + 2·REACH, W + 2·REACH) in steps: (B, CHANGES·PLANES, H, W)."""

@@ -83,7 +83,7 @@ class ModelInfo:
     deflated: dict[str, tuple[str, list[int]]]  # type and shape of the arrays that are stored as zlib streams
 
     def plain(self) -> ModelInfo:
-        """The same model without its refinement, if it has one."""
+        """The same model without its refinement, if it has one; parameters and kmac still count that."""
         if self.plain_synthesis_id is None:
             return self
         config = {name: value for name, value in self.config.items() if name != REFINEMENT}

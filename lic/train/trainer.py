@@ -43,7 +43,7 @@ LOSS_EXPONENT = 0.4
 MAX_COST = 20.0  # what one crop adds to a batch's loss: 99 of 100 crops of photographs cost less, patterns up to 20,000
 PRECISIONS = ("auto", "float32", "bfloat16")  # auto: bfloat16 on a GPU
 ENCODED, ENCODED_USES = 20, 5  # batches of dependently quantised latents at hand, and steps that each serves
-NEGLIGIBLE = 0.02  # squared quantiser steps, of the error that a refinement is to lower: a quarter of rounding's
+NEGLIGIBLE = 0.02  # squared quantiser steps, of the error that a refinement is to lower; of 1 - MS-SSIM about so
 MIN_VARIANCE = 1e-8  # of a latent: pictures without colour have channels without any
 FIT_CROP = 144  # side of the crops that the shortcut is fitted to: 8 x 8 lapped patches
 
@@ -63,11 +63,8 @@ PARTS = {
 }
 WITH_ENTROPY_MODEL = ("all", "context", "nonlocal")  # the parts that change it
 WITH_ADAPTERS = ("adapters", "synthesis-adapters")  # the parts that have them
-OF_SYNTHESIS = (
-    "synthesis",
-    "synthesis-adapters",
-    "refinement",
-)  # the parts that learn from latents that stay as they are
+OF_SYNTHESIS = ("synthesis", "synthesis-adapters", "refinement")  # those on latents that stay as they are
+KEEP_REFINEMENT = ("context", "nonlocal", "gains", "refinement")  # others change the pixels that it is made for
 VECTORS, ADAPTERS = (".bias", ".spatial.weight"), (".left", ".right")
 
 
@@ -143,12 +140,17 @@ class Trainer:
         config: Config | None = None,
         refinement: tuple[int, ...] = (),
     ) -> None:
-        """``config``: the configuration, if it is not the present one of that name with this ``refinement``."""
+        """``config``: the configuration, if it is not the present one of that name with this ``refinement``.
+
+        The parts that change what a refinement is made for, do without: it is trained again behind them.
+        """
         self.settings, self.device = settings, device
         if config is None and settings.model not in CONFIGS:
             raise LicError(f"no configuration named {settings.model!r}; there are: {', '.join(CONFIGS)}")
         if settings.part == "refinement":
             refinement = refinement or REFINEMENT
+        elif settings.part not in KEEP_REFINEMENT:
+            refinement = ()
         config = config or replace(CONFIGS[settings.model], refinement=refinement)
         if settings.part not in PARTS:
             raise LicError(f"the part to train must be one of {', '.join(PARTS)}, not {settings.part!r}")
@@ -282,6 +284,8 @@ class Trainer:
             if dependent is None:
                 raise LicError("a refinement (--part refinement) is for weights with dependent quantisation")
             weights = {k: v for k, v in own.items() if k.startswith("refinement.")} | weights
+        if self.model.refinement is None:
+            weights = {k: v for k, v in weights.items() if not k.startswith("refinement.")}
         self.model.load_state_dict(weights)
         if self.settings.part not in WITH_ENTROPY_MODEL and dependent is not None:
             if self.settings.exact_part:
@@ -446,9 +450,12 @@ class Trainer:
         return _weighted(nothing, nothing, distortion, code, x.shape[1] * x.shape[2])
 
     def refinement_loss(self, x: Tensor, latents: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`error_loss`: the error relative to that without a refinement, so that all qualities count alike."""
+        """As :meth:`error_loss`: the error relative to that without a refinement, so that all qualities count alike.
+
+        Refined pixels beyond the range of samples count as they are, which keeps a gradient.
+        """
         with self.autocast():
-            plain, x_hat = self.model.plain_and_decoded(latents, code)
+            plain, x_hat = self.model.plain_and_refined(latents, code)
         before, distortion = self._distortion(plain, x), self._distortion(x_hat, x)
         loss = (distortion / (before + NEGLIGIBLE * step_of(code).square())).mean()
         nothing = torch.zeros_like(loss)
