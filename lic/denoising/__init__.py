@@ -34,9 +34,10 @@ def changes(planes: Tensor, step: float) -> Tensor:
         inner = slice(REACH - pixels, pixels - REACH or None)
         return planes[:, inner, inner]
 
-    means = non_local_means.means(with_around(non_local_means.REACH), step)
-    shrunken = cosine_shrinkage.shrunken(with_around(cosine_shrinkage.REACH), step)
-    return torch.cat([means, shrunken])
+    found = planes.new_empty(CHANGES, len(planes), *(size - 2 * REACH for size in planes.shape[1:]))
+    found[:MEANS] = non_local_means.means(with_around(non_local_means.REACH), step)
+    found[MEANS:] = cosine_shrinkage.shrunken(with_around(cosine_shrinkage.REACH), step)
+    return found
 
 
 def planes_of(pixels: Tensor) -> list[Tensor]:

@@ -27,7 +27,7 @@ SOFTNESS = 4.0  # steps at which a detail counts half
 RANGE = 64.0  # of samples 0..255, for the network
 PLANES = 3
 MOST_BLOCKS = 7  # that the halo of lic.pipeline.windows has room for
-BAND = 256  # rows at a time, so that what is between stays in the cache
+BAND = 128  # rows at a time, so that what is between stays in the cache
 
 
 class Mixing(nn.Module):
@@ -102,7 +102,8 @@ class Refinement(nn.Module):
 def _changes(planes: Tensor) -> Tensor:
     """Of planes (B, PLANES, H + 2·REACH, W + 2·REACH) in steps: (B, CHANGES·PLANES, H, W)."""
     with torch.autocast(planes.device.type, enabled=False):
-        return torch.stack([denoising.changes(its, 1).flatten(0, 1) for its in planes])
+        found = [denoising.changes(its, 1).flatten(0, 1) for its in planes]
+    return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)  # which needs no copy
 
 
 def _mean_around(x: Tensor) -> Tensor:

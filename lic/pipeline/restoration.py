@@ -46,7 +46,7 @@ CLIPPED = 0.25  # of the quantiser's step
 LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 6, 2
 VERSION = 2  # of the format that has such filters; those of version 1 have none DENOISED, and COUNT_BITS less one
 MAX_PREFIX = 15
-BAND = 256  # rows at a time, so that what is between stays in the cache
+BAND = 128  # rows at a time, so that what is between stays in the cache
 SECTION_BITS = 8 * 2  # that it adds to the section table, and the table itself
 RIDGES = (
     1e-5,
