@@ -273,7 +273,7 @@ class CodecModel(nn.Module):
         """Pixels that a decoder makes samples of: those of :meth:`synthesis`, refined if there is a refinement.
 
         Black is -0.5 and white 0.5; some may lie beyond. An encoder corrects and optimises latents by the plain ones,
-        since the refinement has no say in the rate and answers changes of the latents hardly otherwise.
+        which is faster.
         """
         return self.synthesis(y, code) if self.refinement is None else self.plain_and_refined(y, code)[1]
 
