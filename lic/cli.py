@@ -82,6 +82,9 @@ class _Group(click.Group):
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with one of the codes of :mod:`lic.errors`."""
     stdio.reserve_descriptors()
+    # Threads of torch that wait for more to do are to sleep: spinning, they take the time of whatever else is running,
+    # the compiled loops among it, and that takes theirs. Before torch is imported, or it is not heard.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = run(args)
     if code == INTERRUPTED:
         os._exit(code)  # now: not when the threads that still read have come to an end

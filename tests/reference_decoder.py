@@ -96,7 +96,7 @@ def padded_area(width: int, height: int) -> int:
 
 def read_container(data: bytes) -> Container:
     require(data[:3] == b"\x8bLI" and len(data) > 3, "this is no .lic file")
-    if data[3] >> 2 not in (1, 2):
+    if data[3] >> 2 not in (1, 2, 3):
         raise UnsupportedError("unknown format version")
     require(len(data) >= 22 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "big"), "wrong checksum")
     symbols_crc, quality, streams, flags = struct.unpack(">IHBB", data[10:18])

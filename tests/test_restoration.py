@@ -15,7 +15,7 @@ import lic as package
 from lic import container
 from lic.bench.metrics import ms_ssim
 from lic.container import FILTER, BitWriter, Container, Header, Section
-from lic.denoising import cosine_shrinkage, non_local_means
+from lic.denoising import block_matching, cosine_shrinkage, non_local_means
 from lic.errors import CorruptError
 from lic.pipeline import windows
 from lic.pipeline.distortion import Distortion, MsSsim, SquaredError, halved
@@ -65,10 +65,17 @@ def test_section_holds_the_coefficients(planes: list[Coefficients]) -> None:
     assert read is not None and same(read, restoration)
 
 
-@given(st.lists(st.integers(-9, 9), min_size=1, max_size=27))
-def test_filters_of_version_1_have_no_means(values: list[int]) -> None:
+@given(
+    st.sampled_from([(1, 5, 0), (2, 6, DENOISED - 1)]).flatmap(
+        lambda version: st.tuples(
+            st.just(version), st.lists(st.integers(-9, 9), min_size=1, max_size=27 + version[2])
+        )
+    )
+)
+def test_filters_of_former_versions_have_fewer_features(version_and_values: tuple[tuple[int, int, int], list[int]]) -> None:
+    (version, count_bits, denoised), values = version_and_values
     out = BitWriter()
-    for number, width in ((len(values), 5), (3, 3), (0, 2)):
+    for number, width in ((len(values), count_bits), (3, 3), (0, 2)):
         out.write(number, width)
     for value in values:
         out.write(value != 0, 1)
@@ -76,13 +83,14 @@ def test_filters_of_version_1_have_no_means(values: list[int]) -> None:
             out.write(value < 0, 1)
             out.write(abs(value), 2 * abs(value).bit_length() - 1)
     out.align()
-    read = Restoration.of(file_with(Section(FILTER, bytes(out.data)), gray=True, version=1))
+    read = Restoration.of(file_with(Section(FILTER, bytes(out.data)), gray=True, version=version))
     assert read is not None
-    expected = [*values[:OF_SAMPLES], *[0] * DENOISED * (len(values) > OF_SAMPLES), *values[OF_SAMPLES:]]
+    there = OF_SAMPLES + denoised
+    expected = [*values[:there], *[0] * (DENOISED - denoised) * (len(values) > there), *values[there:]]
     assert read.planes == (Coefficients(7, tuple(expected)),)
 
 
-@given(st.binary(max_size=80), st.booleans(), st.sampled_from([1, 2]))
+@given(st.binary(max_size=80), st.booleans(), st.sampled_from([1, 2, 3]))
 @settings(deadline=None)
 def test_any_section_is_a_filter_or_damaged(data: bytes, gray: bool, version: int) -> None:
     try:
@@ -158,6 +166,33 @@ def shrunken_by_the_specification(plane: np.ndarray, row: int, column: int, step
     return list(totals / 16 - plane[row, column])
 
 
+def matched_by_the_specification(
+    planes: list[np.ndarray], k: int, row: int, column: int, step: float, found: dict[tuple[int, int], np.ndarray]
+) -> float:
+    """What matched blocks add to a pixel of plane k; ``found``: what they add to the blocks that it is in, if known."""
+    sides = range(-20, 21)
+    offsets = sorted(((i, j) for i in sides for j in sides if i or j), key=lambda at: at[0] ** 2 + at[1] ** 2)
+
+    def block(plane: np.ndarray, i: int, j: int) -> np.ndarray:
+        return plane[i : i + 8, j : j + 8]
+
+    total = 0.0
+    for top in (row // 4 * 4 - 4, row // 4 * 4):
+        for left in (column // 4 * 4 - 4, column // 4 * 4):
+            if (top, left) not in found:
+                own = block(planes[0], top, left)
+                distances = [np.square(block(planes[0], top + i, left + j) - own).sum() for i, j in offsets]
+                nearest = np.argsort(distances, kind="stable")[:16]
+                weights = [(1 + distances[n] / (16 * step**2 / 12)) ** -4 for n in nearest]
+                found[top, left] = sum(
+                    weight * np.stack([block(p, top + offsets[n][0], left + offsets[n][1]) for p in planes])
+                    for weight, n in zip(weights, nearest, strict=True)
+                ) - sum(weights) * np.stack([block(p, top, left) for p in planes])
+                found[top, left] /= 0.05 + sum(weights)
+            total += found[top, left][k, row - top, column - left] / 4
+    return total
+
+
 def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: float) -> np.ndarray:
     """Chapters 6.4 and 6.6, pixel by pixel, of s (H + 2·REACH, W + 2·REACH, C)."""
     if s.shape[2] == 1:
@@ -166,7 +201,7 @@ def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: f
         red, green, blue = np.moveaxis(s, -1, 0)
         planes = [(red + green + blue) / 3 - 127.5, (red - blue) / 2, (red - 2 * green + blue) / 4]
     pairs = [(0, 1), (1, 0), (0, 2), (1, -1), (1, 1), (2, 0), (0, 3), (1, -2), (1, 2), (2, -1), (2, 1), (3, 0)]
-    filtered = [plane.copy() for plane in planes]
+    filtered, blocks = [plane.copy() for plane in planes], {}
     for k, plane in enumerate(planes):
         for row in range(REACH, s.shape[0] - REACH):
             for column in range(REACH, s.shape[1] - REACH):
@@ -174,6 +209,7 @@ def by_the_specification(s: np.ndarray, coefficients: list[list[float]], step: f
                 features = [1, x / 8, planes[0][row, column] / 8 if k else x * x / 512]
                 features += [8 * mean for mean in means_by_the_specification(planes, k, row, column, step)]
                 features += [8 * change for change in shrunken_by_the_specification(plane, row, column, step)]
+                features.append(8 * matched_by_the_specification(planes, k, row, column, step, blocks))
                 for i, j in pairs:
                     one, other = plane[row + i, column + j] - x, plane[row - i, column - j] - x
                     features += [one + other, sum(np.clip(t, -step / 4, step / 4) for t in (one, other))]
@@ -229,6 +265,21 @@ def test_shrunken_transforms_of_compiled_loops_are_those_of_torch(
     monkeypatch.setenv("LIC_CODER", "python")
     assert compiled.shape == (cosine_shrinkage.SHRUNKEN, 2, height, width)
     assert (compiled - cosine_shrinkage.shrunken(pixels, 20.0)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("height, width", [(67, 300), (5, 3), (1, 130)])
+def test_matched_blocks_of_compiled_loops_are_those_of_torch(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reach = block_matching.REACH
+    pixels = 30 * torch.rand(2, height + 2 * reach, width + 2 * reach, generator=torch.Generator().manual_seed(width))
+    compiled = block_matching.matched(pixels, 20.0)
+    # Nothing depends on what is computed together.
+    part = block_matching.matched(pixels[:, :, 4 * (width // 8) :].contiguous(), 20.0)
+    assert torch.equal(compiled[..., 4 * (width // 8) :], part)
+    monkeypatch.setenv("LIC_CODER", "python")
+    assert compiled.shape == (2, height, width)
+    assert (compiled - block_matching.matched(pixels, 20.0)).abs().max() < 1e-4
 
 
 def statistics_of(decoded: torch.Tensor, seen: torch.Tensor) -> Statistics:

@@ -2,9 +2,9 @@
 // pairs of pixels.
 //
 // lic_read_chain does what RangeDecoder.read and Decoder.pull_chain do, lic_states and lic_search what
-// Dependent.quantisers and Dependent._search do, number for number, lic_means and lic_shrunken what
-// non_local_means._means and cosine_shrinkage._shrunken do, up to rounding; these are what they are tested against. The
-// caller has checked that every index is in range.
+// Dependent.quantisers and Dependent._search do, number for number, lic_means, lic_shrunken and lic_matched
+// what non_local_means._means, cosine_shrinkage._shrunken and block_matching._matched do, up to rounding; these are what
+// they are tested against. The caller has checked that every index is in range.
 
 #include <algorithm>
 #include <cmath>
@@ -404,6 +404,60 @@ WIDER void leave(const Cosines& cosines, const float (&sums)[SIDE][BLOCKS], cons
     for (int64_t x = 0; x < width; ++x) out[x] = columns[x % STRIDE][(x + BEFORE) / STRIDE] / COUNT - row[x];
 }
 
+// Matched blocks, see lic_matched. Columns of the plane that blocks are compared in are split by what is left over from
+// CELL, so that sums over cells of CELL x CELL pixels next to each other are sums of what lies next to each other. A block
+// is four cells.
+constexpr int64_t CELL = 4, RADIUS = 20, MOST_MATCHES = 16;
+constexpr int64_t CELL_ROWS = TILE_ROWS / CELL + 2, CELL_COLUMNS = TILE_COLUMNS / CELL + 2;  // one more at each side
+constexpr int64_t LANES = (CELL_COLUMNS + 7) / 8 * 8, SPLIT = LANES + 2 * RADIUS / CELL + 1;
+constexpr int64_t SPLIT_ROWS = CELL * CELL_ROWS + 2 * RADIUS;
+
+struct Matching {
+    float split[SPLIT_ROWS][CELL][SPLIT];
+    float cells[CELL_ROWS][LANES];
+    float distances[CELL_ROWS - 1][CELL_COLUMNS - 1][MOST_MATCHES];  // of each block, the least first
+    int64_t away[CELL_ROWS - 1][CELL_COLUMNS - 1][MOST_MATCHES];     // in pixels
+    float weights[CELL_ROWS - 1][CELL_COLUMNS - 1][MOST_MATCHES];
+};
+
+// Sums of the squares of differences between what is `down` and `right` away and what is here, over `rows` rows of cells.
+WIDER void compare(Matching& matching, int64_t rows, int64_t down, int64_t right) {
+    for (int64_t row = 0; row < rows; ++row) {
+        Eight sums[LANES / 8] = {};
+        for (int64_t i = 0; i < CELL; ++i)
+            for (int64_t j = 0; j < CELL; ++j) {
+                const int64_t its = j + RADIUS + right;
+                const float* here = &matching.split[row * CELL + i + RADIUS][j][RADIUS / CELL];
+                const float* there = &matching.split[row * CELL + i + RADIUS + down][its % CELL][its / CELL];
+                for (int64_t x = 0; x < LANES / 8; ++x) {
+                    Eight one, other;
+                    std::memcpy(&one, here + 8 * x, sizeof one);
+                    std::memcpy(&other, there + 8 * x, sizeof other);
+                    other -= one;
+                    sums[x] += other * other;
+                }
+            }
+        std::memcpy(matching.cells[row], sums, sizeof sums);
+    }
+}
+
+// Keeps of a block the `matches` least distances, of equal ones the first.
+ALWAYS_INLINE void keep(float distance, int64_t away, int64_t matches, float* distances, int64_t* its) {
+    int64_t at = matches - 1;
+    for (; at > 0 && distance < distances[at - 1]; --at) {
+        distances[at] = distances[at - 1];
+        its[at] = its[at - 1];
+    }
+    distances[at] = distance;
+    its[at] = away;
+}
+
+// Adds to a row of CELL pixels of a plane what the matches of a block would change.
+ALWAYS_INLINE void mend(const float* pixels, const float* weights, const int64_t* away, int64_t matches, Floats* sum) {
+    const Floats own = loaded(pixels);
+    for (int64_t m = 0; m < matches; ++m) *sum += weights[m] * (loaded(pixels + away[m]) - own);
+}
+
 }  // namespace
 
 extern "C" {
@@ -566,6 +620,78 @@ int64_t lic_shrunken(const float* pixels, int64_t planes, int64_t height, int64_
                             leave(cosines, strip[0].sums[kind][(y + BEFORE) % SIDE], origin + y * stride, wide,
                                   shrunken + ((kind * planes + k) * height + y) * width + left);
                 }
+            }
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
+// Of `planes` planes of height x width pixels and `reach` (27 or more, a multiple of 4) around, what matched blocks add to
+// them. Blocks of 8x8 pixels begin at every fourth row and column. Of all that are an offset (down, right) of at most
+// RADIUS away, `matches` have the least sum of squares of differences from a block in the first plane, of equal ones the
+// first. They count for (1 + scale * that)^-4, beside `constant` for the block itself. A pixel is the mean of its four
+// blocks. matched: (planes, height, width). Of every `shares` tiles that with the number `share` is computed. Returns -1
+// if there is not enough memory.
+int64_t lic_matched(const float* pixels, int64_t planes, int64_t height, int64_t width, int64_t reach,
+                    const int64_t* offsets, int64_t count, int64_t matches, float scale, float constant, int64_t share,
+                    int64_t shares, float* matched) {
+    const int64_t stride = width + 2 * reach, plane = (height + 2 * reach) * stride;
+    try {
+        std::vector<Matching> room(1);
+        Matching& matching = room[0];
+        int64_t number = 0;
+        for (int64_t top = 0; top < height; top += TILE_ROWS)
+            for (int64_t left = 0; left < width; left += TILE_COLUMNS) {
+                if (number++ % shares != share) continue;
+                const int64_t tall = std::min(TILE_ROWS, height - top), wide = std::min(TILE_COLUMNS, width - left);
+                const int64_t rows = (tall + CELL - 1) / CELL + 2, columns = (wide + CELL - 1) / CELL + 2;
+                // What is beyond the pixels that are there belongs to no block that is asked for.
+                const int64_t first = top - CELL - RADIUS + reach, before = left - CELL - RADIUS + reach;
+                for (int64_t row = 0; row < CELL * rows + 2 * RADIUS; ++row) {
+                    const float* its = pixels + std::min(first + row, height + 2 * reach - 1) * stride;
+                    for (int64_t x = 0; x < CELL * SPLIT; ++x)
+                        matching.split[row][x % CELL][x / CELL] = its[std::min(before + x, stride - 1)];
+                }
+                std::fill(&matching.distances[0][0][0], &matching.distances[0][0][0] + sizeof matching.distances / sizeof(float),
+                          std::numeric_limits<float>::infinity());
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t down = offsets[2 * i], right = offsets[2 * i + 1], away = down * stride + right;
+                    compare(matching, rows, down, right);
+                    for (int64_t row = 0; row < rows - 1; ++row) {
+                        const float *above = matching.cells[row], *below = matching.cells[row + 1];
+                        for (int64_t x = 0; x < columns - 1; ++x) {
+                            const float distance = above[x] + above[x + 1] + below[x] + below[x + 1];
+                            float* distances = matching.distances[row][x];
+                            if (distance < distances[matches - 1])
+                                keep(distance, away, matches, distances, matching.away[row][x]);
+                        }
+                    }
+                }
+                for (int64_t row = 0; row < rows - 1; ++row)
+                    for (int64_t x = 0; x < columns - 1; ++x) {
+                        float total = constant;
+                        float* weights = matching.weights[row][x];
+                        for (int64_t m = 0; m < matches; ++m) {
+                            const float a = 1 / (1 + scale * matching.distances[row][x][m]);
+                            weights[m] = a * a * (a * a);
+                            total += weights[m];
+                        }
+                        for (int64_t m = 0; m < matches; ++m) weights[m] /= total;
+                    }
+                for (int64_t k = 0; k < planes; ++k)
+                    for (int64_t y = 0; y < tall; ++y)
+                        for (int64_t x = 0; x < wide; x += CELL) {
+                            const float* its = pixels + k * plane + (top + y + reach) * stride + left + x + reach;
+                            Floats sum{};
+                            for (int64_t i = 0; i < 2; ++i)
+                                for (int64_t j = 0; j < 2; ++j)
+                                    mend(its, matching.weights[y / CELL + i][x / CELL + j],
+                                         matching.away[y / CELL + i][x / CELL + j], matches, &sum);
+                            sum *= 0.25f;
+                            std::memcpy(matched + (k * height + top + y) * width + left + x, &sum,
+                                        std::min(CELL, wide - x) * sizeof(float));
+                        }
             }
     } catch (const std::exception&) {
         return -1;

@@ -39,7 +39,15 @@ class Loops:
         self._search = library.lic_search
         self._means = library.lic_means
         self._shrunken = library.lic_shrunken
-        for function in (self._read_chain, self._states, self._search, self._means, self._shrunken):
+        self._matched = library.lic_matched
+        for function in (
+            self._read_chain,
+            self._states,
+            self._search,
+            self._means,
+            self._shrunken,
+            self._matched,
+        ):
             function.restype = ctypes.c_int64
 
     def read_chain(
@@ -204,6 +212,47 @@ class Loops:
                 _at(planes, np.float32),
                 *(ctypes.c_int64(size) for size in (count, height, width, reach)),
                 _at(both, np.float32),
+                ctypes.c_int64(share),
+                ctypes.c_int64(threads),
+                _at(result, np.float32),
+            )
+            return failed
+
+        _in_threads(share_of, threads)
+        return result
+
+    def matched(
+        self,
+        planes: Floats,
+        reach: int,
+        offsets: Ints,
+        matches: int,
+        scale: float,
+        constant: float,
+        threads: int = 1,
+    ) -> Floats:
+        """Matched blocks, as :func:`lic.denoising.block_matching.matched` has them. Raises MemoryError.
+
+        Args:
+            planes: (K, H + 2·reach, W + 2·reach), reach being a multiple of 4 and 27 or more.
+            offsets: (N, 2), down and right, -20..20; more than matches.
+            matches: 1..16.
+
+        Returns:
+            (K, H, W).
+        """
+        count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
+        result = np.empty((count, height, width), np.float32)
+
+        def share_of(share: int) -> int:
+            failed: int = self._matched(
+                _at(planes, np.float32),
+                *(ctypes.c_int64(size) for size in (count, height, width, reach)),
+                _at(offsets, np.int64),
+                ctypes.c_int64(len(offsets)),
+                ctypes.c_int64(matches),
+                ctypes.c_float(scale),
+                ctypes.c_float(constant),
                 ctypes.c_int64(share),
                 ctypes.c_int64(threads),
                 _at(result, np.float32),

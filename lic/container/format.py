@@ -25,7 +25,7 @@ from lic.errors import CorruptError, LicError, UnsupportedError
 from lic.quality import MAX_CODE
 
 MAGIC = b"\x8bLI"  # 0x8b begins no ASCII, UTF-8 or UTF-16 text, and is lost where only 7 bits pass
-FORMAT_VERSION = 2  # the newest; 1 differs in what a filter can be (lic.pipeline.restoration)
+FORMAT_VERSION = 3  # the newest; those before differ in what a filter can be (lic.pipeline.restoration)
 DEFAULT_MAX_PIXELS = 2**28
 MAX_STREAMS = 2**18  # tiles × streams per tile: bounds what a small hostile file can make a reader allocate
 

@@ -1,7 +1,8 @@
-"""What denoising would change in decoded pixels (bitstream_spec.md, 6.4): non-local means, shrunken cosine transforms.
+"""What denoising would change in decoded pixels (bitstream_spec.md, 6.4).
 
 A synthesis, which sees a place through fixed kernels, does not compare pixels. The refinement behind it
-(:mod:`lic.model.refinement`) is given these changes, and they are features of the picture's own filter
+(:mod:`lic.model.refinement`) is given the changes by non-local means and shrunken cosine transforms. They, and those by
+matched blocks (:mod:`lic.denoising.block_matching`), are features of the picture's own filter
 (:mod:`lic.pipeline.restoration`).
 """
 

@@ -38,20 +38,27 @@ Choose = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]
 QUANTISERS = ("ste", "universal", "noise")  # what stands for rounding in training, see quantised()
 
 
-class Corrections(NamedTuple):
-    """How an encoder corrects its latents (:meth:`CodecModel.corrected`): once for each share of the way.
+class Share(NamedTuple):
+    """Of the way that a correction goes, at quality 0 and at 100; ``refined``: by refined pixels, or by plain ones."""
 
-    Shares are given for quality 0 and 100. ``pull``, of an error that is not squared error, is what it asks to be added
-    to pixels that are shown for those that are seen, both (B, H, W, 3) in 0..255: -3/2 of its derivative, which for
-    squared error is all that is missing.
+    low: float
+    high: float
+    refined: bool = False
+
+
+class Corrections(NamedTuple):
+    """How an encoder corrects its latents (:meth:`CodecModel.corrected`): once for each share.
+
+    ``pull``, of an error that is not squared error, is what it asks to be added to pixels that are shown for those that
+    are seen, both (B, H, W, 3) in 0..255: -3/2 of its derivative, which for squared error is all that is missing.
     """
 
-    shares: tuple[tuple[float, float], ...] = ((0.35, 0.9), (0.35, 0.9))
+    shares: tuple[Share, ...] = (Share(0.35, 0.9), Share(0.35, 0.9, refined=True))
     pull: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 FOR_SQUARED_ERROR = Corrections()
-IN_TRAINING = Corrections(((0.51, 0.69),))  # see CodecModel.forward
+IN_TRAINING = Corrections((Share(0.51, 0.69),))  # see CodecModel.forward
 
 
 @dataclass
@@ -251,9 +258,9 @@ class CodecModel(nn.Module):
         Without gradients.
         """
         gain = self.gain(code)[:, None, None]
-        for low, high in corrections.shares:
+        for low, high, refined in corrections.shares:
             v = softly_rounded(y, worth)
-            shown = self.synthesis(v, code)
+            shown = self.decoded(v, code) if refined else self.synthesis(v, code)
             missing = self.shortcut.analysis(x - shown) * gain
             if corrections.pull is not None:
                 pull = self.shortcut.analysis(corrections.pull(255 * (shown + 0.5), 255 * (x + 0.5)) / 255) * gain
@@ -272,8 +279,7 @@ class CodecModel(nn.Module):
     def decoded(self, y: Tensor, code: Tensor) -> Tensor:
         """Pixels that a decoder makes samples of: those of :meth:`synthesis`, refined if there is a refinement.
 
-        Black is -0.5 and white 0.5; some may lie beyond. An encoder corrects and optimises latents by the plain ones,
-        which is faster.
+        Black is -0.5 and white 0.5; some may lie beyond.
         """
         return self.synthesis(y, code) if self.refinement is None else self.plain_and_refined(y, code)[1]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lic.images import MS_SSIM_C1, MS_SSIM_C2, MS_SSIM_SIGMA, MS_SSIM_WINDOW, ms_ssim_exponents
-from lic.model.codec import FOR_SQUARED_ERROR, IN_TRAINING, Corrections
+from lic.model.codec import FOR_SQUARED_ERROR, IN_TRAINING, Corrections, Share
 from lic.model.transforms import LappedShortcut
 from lic.quality import Tune
 
@@ -75,8 +75,8 @@ class MsSsim:
     context_weight, damping, is_squared_error = 0.75, 2.0, False
 
     def __init__(self) -> None:
-        self.corrections = Corrections(((0.17, 0.8), (0.17, 0.8)), self._pull)
-        self.in_training = Corrections(((0.15, 0.73),))
+        self.corrections = Corrections((Share(0.17, 0.8), Share(0.17, 0.8)), self._pull)
+        self.in_training = Corrections((Share(0.15, 0.73),))
 
     def error(self, shown: Tensor, seen: Tensor) -> Tensor:
         pixels = seen.shape[-3] * seen.shape[-2]

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from lic import denoising
 from lic.container import FILTER, BitReader, BitWriter, Container, Section
-from lic.denoising import COLOURS, pixels_of, planes_of
+from lic.denoising import CHANGES, COLOURS, block_matching, pixels_of, planes_of
 from lic.errors import CorruptError
 from lic.pipeline.distortion import halved
 from lic.quality import lambda_of, step_of
 
 FARTHEST = 3  # neighbour, in pixels
-REACH = max(FARTHEST, denoising.REACH)
+REACH = max(FARTHEST, denoising.REACH, block_matching.REACH)  # a multiple of block_matching.STRIDE
 # One of each pair of opposite neighbours, (down, right), the nearest first.
 NEIGHBOURS = sorted(
     (
@@ -39,12 +39,12 @@ NEIGHBOURS = sorted(
     key=lambda at: (at[0] + abs(at[1]), at),
 )
 OF_SAMPLES = 3  # features that are no differences
-DENOISED = denoising.CHANGES  # features that are what a denoised sample would be more
+DENOISED = CHANGES + 1  # features that are what a denoised sample would be more, the last one by matched blocks
 TIMES = 8  # what is denoised, so that its coefficients are about as large as others
 FEATURES = OF_SAMPLES + DENOISED + 2 * len(NEIGHBOURS)
 CLIPPED = 0.25  # of the quantiser's step
 LEAST_SHIFT, SHIFT_BITS, COUNT_BITS, ORDER_BITS = 4, 3, 6, 2
-VERSION = 2  # of the format that has such filters; those of version 1 have none DENOISED, and COUNT_BITS less one
+VERSION = 3  # of the format that has such filters; see _read for those before
 MAX_PREFIX = 15
 BAND = 128  # rows at a time, so that what is between stays in the cache
 SECTION_BITS = 8 * 2  # that it adds to the section table, and the table itself
@@ -94,12 +94,9 @@ class Restoration:
         """That of a file. Raises CorruptError if it is damaged."""
         for section in container.sections:
             if section.kind == FILTER:
-                reader, read = (
-                    BitReader(section.data),
-                    _read if container.header.version >= VERSION else _read_version_1,
-                )
+                reader, version = BitReader(section.data), container.header.version
                 try:
-                    found = cls(tuple(read(reader) for _ in range(1 if container.header.gray else 3)))
+                    found = cls(tuple(_read(reader, version) for _ in range(1 if container.header.gray else 3)))
                     reader.align()
                 except (CorruptError, ValueError) as error:
                     raise CorruptError(_DAMAGED) from error
@@ -110,12 +107,13 @@ class Restoration:
 
     def applied(self, pixels: Tensor, code: float) -> Tensor:
         """Filtered pixels (H, W, C), 0..255, of decoded ones with REACH more at each side, for a quality code."""
-        step = step_of(code)
-        with_denoised = any(any(plane.values[OF_SAMPLES : OF_SAMPLES + DENOISED]) for plane in self.planes)
+        step, last = step_of(code), OF_SAMPLES + DENOISED - 1
+        with_changes = any(any(plane.values[OF_SAMPLES:last]) for plane in self.planes)
+        with_matched = any(any(plane.values[last : last + 1]) for plane in self.planes)
         bands = []
         for band in _bands(pixels):
             planes = planes_of(band)
-            denoised = _denoised(planes, step) if with_denoised else None
+            denoised = _denoised(planes, step, with_changes=with_changes, with_matched=with_matched)
             filtered = []
             for index, plane in enumerate(self.planes):
                 total = _inner(planes[index], 0, 0).clone()
@@ -244,18 +242,23 @@ def _write(out: BitWriter, plane: Coefficients) -> None:
             out.write(size, size.bit_length())
 
 
-def _read_version_1(reader: BitReader) -> Coefficients:
-    """As :func:`_read`."""
-    plane = _read(reader, COUNT_BITS - 1)
-    if len(plane.values) > FEATURES - DENOISED:
+def _read(reader: BitReader, version: int) -> Coefficients:
+    """Raises CorruptError or ValueError.
+
+    Version 2 has no matched blocks, version 1 no features DENOISED at all, and COUNT_BITS less one.
+    """
+    of_version = {1: 0, 2: CHANGES}.get(version, DENOISED)
+    plane = _read_coefficients(reader, COUNT_BITS - (version == 1))
+    missing, at = DENOISED - of_version, OF_SAMPLES + of_version
+    if len(plane.values) > FEATURES - missing:
         raise ValueError("too many coefficients")
-    if len(plane.values) <= OF_SAMPLES:
+    if len(plane.values) <= at:
         return plane
-    return Coefficients(plane.shift, (*plane.values[:OF_SAMPLES], *[0] * DENOISED, *plane.values[OF_SAMPLES:]))
+    return Coefficients(plane.shift, (*plane.values[:at], *[0] * missing, *plane.values[at:]))
 
 
-def _read(reader: BitReader, count_bits: int = COUNT_BITS) -> Coefficients:
-    """Raises CorruptError or ValueError."""
+def _read_coefficients(reader: BitReader, count_bits: int) -> Coefficients:
+    """As :func:`_read`, those that are there."""
     count = reader.read(count_bits)
     if not count:
         return Coefficients(LEAST_SHIFT, ())
@@ -292,21 +295,28 @@ def _inner(plane: Tensor, down: int, right: int) -> Tensor:
     return plane[REACH + down : REACH + down + height, REACH + right : REACH + right + width]
 
 
-def _denoised(planes: Sequence[Tensor], step: float) -> Tensor:
-    """The features of all planes that take long: (DENOISED, K, H, W), of planes with REACH more at each side."""
-    return denoising.changes(torch.stack(list(planes)), step).mul_(TIMES)
+def _denoised(planes: Sequence[Tensor], step: float, *, with_changes: bool = True, with_matched: bool = True) -> Tensor:
+    """The features of all planes that take long: (DENOISED, K, H, W), of planes with REACH more at each side.
 
-
-def _features(planes: Sequence[Tensor], index: int, denoised: Tensor | None, step: float) -> Iterator[Tensor]:
-    """The FEATURES of a plane, (H, W) each, of planes with REACH more at each side.
-
-    denoised: :func:`_denoised`, or None if nobody looks at these.
+    Those that nobody asks for are anything.
     """
+    stacked = torch.stack(list(planes))
+    found = stacked.new_empty(DENOISED, len(stacked), *(size - 2 * REACH for size in stacked.shape[1:]))
+    if with_changes:
+        inner = slice(REACH - denoising.REACH, denoising.REACH - REACH or None)
+        torch.mul(denoising.changes(stacked[:, inner, inner], step), TIMES, out=found[:CHANGES])
+    if with_matched:
+        torch.mul(block_matching.matched(stacked, step), TIMES, out=found[CHANGES])
+    return found
+
+
+def _features(planes: Sequence[Tensor], index: int, denoised: Tensor, step: float) -> Iterator[Tensor]:
+    """The FEATURES of a plane, (H, W) each, of planes with REACH more at each side; denoised: :func:`_denoised`."""
     here, luma, clipped = _inner(planes[index], 0, 0), _inner(planes[0], 0, 0), CLIPPED * step
     yield torch.ones_like(here)
     yield here / 8
     yield luma / 8 if index else here.square() / 512
-    yield from [here] * DENOISED if denoised is None else denoised[:, index]
+    yield from denoised[:, index]
     for down, right in NEIGHBOURS:
         one, other = (_inner(planes[index], sign * down, sign * right) - here for sign in (1, -1))
         yield one + other
