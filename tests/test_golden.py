@@ -56,7 +56,9 @@ def test_golden_file_decodes(name: str) -> None:
 
 
 def test_every_version_has_golden_files() -> None:
-    assert {parse((GOLDEN / name).read_bytes()).header.version for name in EXPECTED} == set(range(1, FORMAT_VERSION + 1))
+    assert {parse((GOLDEN / name).read_bytes()).header.version for name in EXPECTED} == set(
+        range(1, FORMAT_VERSION + 1)
+    )
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -34,6 +34,7 @@ from lic.model.codec import (
     THRESHOLD,
     CodecModel,
     Corrections,
+    Share,
     expected_offset,
     gaussian_bits,
     round_for_rate,
@@ -87,7 +88,7 @@ def test_latents_of_a_linear_orthonormal_transform_need_no_correction() -> None:
     x, code = torch.rand(2, 64, 128, 3) - 0.5, torch.tensor([0.0, MAX_CODE])
     y = net.analysis(x, code).detach()
     torch.testing.assert_close(net.corrected(x, y, code), y, atol=1e-4, rtol=1e-4)
-    away = net.corrected(x, y + 1, code, corrections=Corrections(((0.45, 0.8),))) - y
+    away = net.corrected(x, y + 1, code, corrections=Corrections((Share(0.45, 0.8),))) - y
     torch.testing.assert_close(away, torch.tensor([0.55, 0.2])[:, None, None, None].expand_as(away), atol=1e-3, rtol=0)
 
 
@@ -98,7 +99,7 @@ def test_the_pull_of_squared_error_is_what_is_missing() -> None:
     pulled = FOR_SQUARED_ERROR._replace(pull=lambda shown, seen: seen - shown)
     expected = net.corrected(x, y, code)
     torch.testing.assert_close(net.corrected(x, y, code, corrections=pulled), expected, atol=1e-3, rtol=1e-4)
-    far = FOR_SQUARED_ERROR._replace(pull=lambda shown, seen: 1e6 * (seen - shown), shares=((1.0, 1.0),))
+    far = FOR_SQUARED_ERROR._replace(pull=lambda shown, seen: 1e6 * (seen - shown), shares=(Share(1.0, 1.0),))
     away = net.corrected(x, y, code, corrections=far) - net.corrected(x, y, code, corrections=far._replace(pull=None))
     assert away.abs().max() < OF_PULL * MAX_PULL + 1e-3
 

@@ -19,7 +19,7 @@ from lic import denoising
 from lic.errors import UnsupportedError
 from lic.model import refinement as module
 from lic.model import store
-from lic.model.codec import CodecModel, step_of
+from lic.model.codec import CodecModel, Corrections, Share, softly_rounded, step_of
 from lic.model.config import CONFIGS
 from lic.model.refinement import Refinement
 from lic.pipeline import windows
@@ -117,9 +117,9 @@ def test_it_does_what_the_specification_says(band: int, monkeypatch: pytest.Monk
 
 
 def test_it_reaches_no_farther_than_windows_have_room_for() -> None:
-    with pytest.raises(ValueError, match="8 blocks"):
-        Refinement(replace(CONFIG, refinement=(4, 8)))
-    net = randomised(Refinement(replace(CONFIG, refinement=(4, 7))))
+    with pytest.raises(ValueError, match="4 blocks"):
+        Refinement(replace(CONFIG, refinement=(4, 4)))
+    net = randomised(Refinement(replace(CONFIG, refinement=(4, 3))))
     pixels, features, code, step = inputs(160, 32)
     other = pixels.clone()
     other[:, 0] = -other[:, 0]
@@ -249,3 +249,15 @@ def test_models_with_the_same_synthesis_get_it(tmp_path: Path) -> None:
     assert same.path.stat().st_size < 4096  # all of it is shared
     assert other.synthesis_id == store.read_info(old / "other.safetensors").synthesis_id
     assert CodecModel(CONFIGS["tiny"]).refinement is None and store.load_file(other).net.refinement is None
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_a_correction_goes_by_the_pixels_that_it_says(refined: bool) -> None:
+    net = store.load("base").net
+    x, code = inputs(64, 96)[0], torch.tensor([9_000.0, 31_000.0])
+    y = net.analysis(x, code)
+    v = softly_rounded(y)
+    shown = (net.decoded if refined else net.synthesis)(v, code)
+    expected = v + net.shortcut.analysis(x - shown) * net.gain(code)[:, None, None]
+    found = net.corrected(x, y, code, corrections=Corrections((Share(1, 1, refined),)))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)

@@ -67,12 +67,12 @@ def test_section_holds_the_coefficients(planes: list[Coefficients]) -> None:
 
 @given(
     st.sampled_from([(1, 5, 0), (2, 6, DENOISED - 1)]).flatmap(
-        lambda version: st.tuples(
-            st.just(version), st.lists(st.integers(-9, 9), min_size=1, max_size=27 + version[2])
-        )
+        lambda version: st.tuples(st.just(version), st.lists(st.integers(-9, 9), min_size=1, max_size=27 + version[2]))
     )
 )
-def test_filters_of_former_versions_have_fewer_features(version_and_values: tuple[tuple[int, int, int], list[int]]) -> None:
+def test_filters_of_former_versions_have_fewer_features(
+    version_and_values: tuple[tuple[int, int, int], list[int]],
+) -> None:
     (version, count_bits, denoised), values = version_and_values
     out = BitWriter()
     for number, width in ((len(values), count_bits), (3, 3), (0, 2)):
@@ -323,7 +323,9 @@ def test_ms_ssim_is_about_its_expansion(channels: int) -> None:
 def test_the_best_filter_undoes_what_a_filter_has_done() -> None:
     generator = torch.Generator().manual_seed(1)
     decoded = 40 + 150 * torch.rand(128 + 2 * REACH, 128 + 2 * REACH, 3, generator=generator)
-    wanted = Restoration((Coefficients(7, (*[0] * 11, 9, 0, -7)), Coefficients(5, (3,)), Coefficients(4, ())))
+    wanted = Restoration(
+        (Coefficients(7, (*[0] * (OF_SAMPLES + DENOISED), 9, 0, -7)), Coefficients(5, (3,)), Coefficients(4, ()))
+    )
     seen = wanted.applied(decoded, CODE)
     found = statistics_of(decoded, seen).best(CODE, 128 * 128)
     assert found is not None

@@ -653,8 +653,9 @@ int64_t lic_matched(const float* pixels, int64_t planes, int64_t height, int64_t
                     for (int64_t x = 0; x < CELL * SPLIT; ++x)
                         matching.split[row][x % CELL][x / CELL] = its[std::min(before + x, stride - 1)];
                 }
-                std::fill(&matching.distances[0][0][0], &matching.distances[0][0][0] + sizeof matching.distances / sizeof(float),
-                          std::numeric_limits<float>::infinity());
+                for (auto& row : matching.distances)
+                    for (auto& distances : row)
+                        std::fill(distances, distances + matches, std::numeric_limits<float>::infinity());
                 for (int64_t i = 0; i < count; ++i) {
                     const int64_t down = offsets[2 * i], right = offsets[2 * i + 1], away = down * stride + right;
                     compare(matching, rows, down, right);

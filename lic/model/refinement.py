@@ -26,7 +26,7 @@ DETAIL = 5  # side of the mean that a detail differs from
 SOFTNESS = 4.0  # steps at which a detail counts half
 RANGE = 64.0  # of samples 0..255, for the network
 PLANES = 3
-MOST_BLOCKS = 7  # that the halo of lic.pipeline.windows has room for
+MOST_BLOCKS = 3  # that the halo of lic.pipeline.windows has room for
 BAND = 128  # rows at a time, so that what is between stays in the cache
 
 
@@ -97,13 +97,21 @@ class Refinement(nn.Module):
         return own + weighted.unflatten(2, changes.shape[2:]).permute(0, 2, 3, 1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _changes(planes: Tensor) -> Tensor:
     """Of planes (B, PLANES, H + 2·REACH, W + 2·REACH) in steps: (B, CHANGES·PLANES, H, W)."""
     with torch.autocast(planes.device.type, enabled=False):
         found = [denoising.changes(its, 1).flatten(0, 1) for its in planes]
     return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)  # which needs no copy
+
+
+def leave_graphs() -> None:
+    """Keep denoising out of what is compiled from here on.
+
+    A decorator would import torch's compiler, which takes as long as torch itself, wherever a model is loaded.
+    """
+    global _changes
+    _changes = torch.compiler.disable(_changes)
 
 
 def _mean_around(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from lic.model.config import CONFIGS, DOWNSAMPLING, HYPER_DOWNSAMPLING, REFINEME
 from lic.model.dependent import Chains, Dependent
 from lic.model.layers import space_to_depth
 from lic.model.neighbours import Neighbours
+from lic.model.refinement import leave_graphs
 from lic.model.store import NEIGHBOURS
 from lic.model.transforms import lapped_basis
 from lic.pipeline.distortion import DISTORTIONS, MS_SSIM_WORTH, ms_ssim
@@ -336,6 +337,7 @@ class Trainer:
         loss_of: Callable[..., Any] = self.objective()
         compiles = self.device.type == "cuda"
         if compiles:  # for every size anew: graphs for any size take ten times as long to make
+            leave_graphs()
             loss_of = torch.compile(loss_of, dynamic=False)
             self.latents = torch.compile(self.model.latents, dynamic=False)
         compiled: set[Phase] = set()
