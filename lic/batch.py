@@ -64,13 +64,26 @@ def many(
                 raise UsageError(f"{jobs[target].source} and {path} would both become {target}")
             jobs[target] = Job(path, target)
     if not jobs:
-        hint = "" if recursive else "; -r descends into subfolders"
-        raise LicError(f"nothing to do: no {', '.join(sorted(source_suffixes))} files{hint}")
+        raise _nothing_to_do(source_suffixes, recursive)
     inputs = {files.identity(job.source) for job in jobs.values()}
     for target in jobs:
         if files.identity(target) in inputs:
             raise UsageError(f"{target} is an input and would be replaced")
     return list(jobs.values())
+
+
+def inputs(sources: Sequence[str], suffixes: Collection[str], *, recursive: bool) -> list[str]:
+    """The files that ``IN...`` stands for, as for :func:`many`. Raises LicError when there are none."""
+    _check_names(*sources)
+    found = [path for source in sources for path, _ in files.find(source, suffixes, recursive=recursive)]
+    if not found:
+        raise _nothing_to_do(suffixes, recursive)
+    return found
+
+
+def _nothing_to_do(suffixes: Collection[str], recursive: bool) -> LicError:
+    hint = "" if recursive else "; -r descends into subfolders"
+    return LicError(f"nothing to do: no {', '.join(sorted(suffixes))} files{hint}")
 
 
 def _check_names(*names: str) -> None:

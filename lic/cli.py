@@ -506,11 +506,13 @@ def decode(
 
 
 @cli.command()
-@click.argument("names", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="FILE_OR_DIR...")
+@click.option("-r", "--recursive", is_flag=True, help="Descend into subfolders.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per file.")
 @verbosity_options
-def info(names: tuple[str, ...], as_json: bool) -> int:
+def info(paths: tuple[str, ...], recursive: bool, as_json: bool) -> int:
     """Show the header of .lic files and the size of every section."""
+    names = batch.inputs(paths, (".lic",), recursive=recursive)
 
     def work(name: str) -> None:
         from lic.inspection import info_of
@@ -525,14 +527,19 @@ def info(names: tuple[str, ...], as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("names", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="FILE_OR_DIR...")
+@click.option("-r", "--recursive", is_flag=True, help="Descend into subfolders.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per file on standard output.")
 @device_options
 @_max_pixels
 @verbosity_options
-def verify(names: tuple[str, ...], as_json: bool, device: str, threads: int | None, max_pixels: int) -> int:
+def verify(
+    paths: tuple[str, ...], recursive: bool, as_json: bool, device: str, threads: int | None, max_pixels: int
+) -> int:
     """Decode .lic files in memory and check all checksums. Writes nothing."""
     from lic.api import Codec
+
+    names = batch.inputs(paths, (".lic",), recursive=recursive)
 
     codec = Codec(device=device, threads=threads)
 

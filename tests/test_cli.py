@@ -504,6 +504,10 @@ def test_info(lic: Run, tmp_path: Path, coded: bytes) -> None:
     assert facts["file"] == "a.lic" and facts["model"] == "tiny" and facts["quality"] == 40
     assert sum(section["bytes"] for section in facts["sections"]) == facts["bytes"] == len(coded)
     assert facts["lambda"] > 0 and len(facts["entropy_id"]) == 8
+    assert json.loads(lic("info", ".", "--json").stdout) == facts
+    (tmp_path / "empty").mkdir()
+    assert "nothing to do: no .lic files; -r" in failure(lic("info", "empty"), 1)
+    assert failure(lic("info", ""), 2)
 
 
 def test_verify(lic: Run, tmp_path: Path, coded: bytes) -> None:
@@ -512,8 +516,11 @@ def test_verify(lic: Run, tmp_path: Path, coded: bytes) -> None:
     done = lic("verify", "good.lic", "bad.lic")
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode().splitlines()[0] == "good.lic: ok"
-    done = lic("verify", "good.lic", "bad.lic", "--json")
-    good, bad = (json.loads(line) for line in done.stdout.splitlines())
+    (tmp_path / "folder/sub").mkdir(parents=True)
+    for name in ("good.lic", "bad.lic"):
+        (tmp_path / name).rename(tmp_path / "folder/sub" / name)
+    done = lic("verify", "folder", "-r", "--json")
+    bad, good = (json.loads(line) for line in done.stdout.splitlines())
     assert good["ok"] and len(good["symbols_sha256"]) == 64
     assert not bad["ok"] and "truncated" in bad["problem"]
 

@@ -174,24 +174,17 @@ class Loops:
         result = np.empty((int(offsets[-1, 2]) + 1, 2, count, height, width), np.float32)
         both = np.array(kernels, np.float32)
 
-        def share_of(share: int) -> int:
-            failed: int = self._means(
-                _at(planes, np.float32),
-                _at(calm, np.float32),
-                *(ctypes.c_int64(size) for size in (count, height, width, reach)),
-                _at(offsets, np.int64),
-                ctypes.c_int64(len(offsets)),
-                ctypes.c_float(scale),
-                _at(both, np.float32),
-                ctypes.c_float(constant),
-                ctypes.c_int64(share),
-                ctypes.c_int64(threads),
-                _at(result, np.float32),
-            )
-            return failed
-
-        _in_threads(share_of, threads)
-        return result
+        arguments = (
+            _at(planes, np.float32),
+            _at(calm, np.float32),
+            *(ctypes.c_int64(size) for size in (count, height, width, reach)),
+            _at(offsets, np.int64),
+            ctypes.c_int64(len(offsets)),
+            ctypes.c_float(scale),
+            _at(both, np.float32),
+            ctypes.c_float(constant),
+        )
+        return _filled(result, self._means, arguments, threads)
 
     def shrunken(self, planes: Floats, reach: int, thresholds: tuple[float, ...], threads: int = 1) -> Floats:
         """Shrunken cosine transforms, as :func:`lic.denoising.cosine_shrinkage.shrunken` has them. Raises MemoryError.
@@ -207,19 +200,9 @@ class Loops:
         result = np.empty((2, count, height, width), np.float32)
         both = np.array(thresholds, np.float32)
 
-        def share_of(share: int) -> int:
-            failed: int = self._shrunken(
-                _at(planes, np.float32),
-                *(ctypes.c_int64(size) for size in (count, height, width, reach)),
-                _at(both, np.float32),
-                ctypes.c_int64(share),
-                ctypes.c_int64(threads),
-                _at(result, np.float32),
-            )
-            return failed
-
-        _in_threads(share_of, threads)
-        return result
+        sizes = (ctypes.c_int64(size) for size in (count, height, width, reach))
+        arguments = (_at(planes, np.float32), *sizes, _at(both, np.float32))
+        return _filled(result, self._shrunken, arguments, threads)
 
     def matched(
         self,
@@ -244,23 +227,26 @@ class Loops:
         count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
         result = np.empty((count, height, width), np.float32)
 
-        def share_of(share: int) -> int:
-            failed: int = self._matched(
-                _at(planes, np.float32),
-                *(ctypes.c_int64(size) for size in (count, height, width, reach)),
-                _at(offsets, np.int64),
-                ctypes.c_int64(len(offsets)),
-                ctypes.c_int64(matches),
-                ctypes.c_float(scale),
-                ctypes.c_float(constant),
-                ctypes.c_int64(share),
-                ctypes.c_int64(threads),
-                _at(result, np.float32),
-            )
-            return failed
+        arguments = (
+            _at(planes, np.float32),
+            *(ctypes.c_int64(size) for size in (count, height, width, reach)),
+            _at(offsets, np.int64),
+            ctypes.c_int64(len(offsets)),
+            ctypes.c_int64(matches),
+            ctypes.c_float(scale),
+            ctypes.c_float(constant),
+        )
+        return _filled(result, self._matched, arguments, threads)
 
-        _in_threads(share_of, threads)
-        return result
+
+def _filled(result: Floats, function: Callable[..., int], arguments: tuple[Any, ...], threads: int) -> Floats:
+    """An array whose shares a function computes, given the number of each, that of all, and where the array lies."""
+
+    def share_of(share: int) -> int:
+        return function(*arguments, ctypes.c_int64(share), ctypes.c_int64(threads), _at(result, np.float32))
+
+    _in_threads(share_of, threads)
+    return result
 
 
 def _in_threads(work: Callable[[int], int], threads: int) -> None:
