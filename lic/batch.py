@@ -72,10 +72,10 @@ def many(
     return list(jobs.values())
 
 
-def inputs(sources: Sequence[str], suffixes: Collection[str], *, recursive: bool) -> list[str]:
-    """The files that ``IN...`` stands for, as for :func:`many`. Raises LicError when there are none."""
-    _check_names(*sources)
-    found = [path for source in sources for path, _ in files.find(source, suffixes, recursive=recursive)]
+def sources_of(names: Sequence[str], suffixes: Collection[str], *, recursive: bool) -> list[str]:
+    """The files that ``IN...`` stands for, folders as for :func:`many`. Raises LicError when there are none."""
+    _check_names(*names)
+    found = [path for source in names for path, _ in files.find(source, suffixes, recursive=recursive)]
     if not found:
         raise _nothing_to_do(suffixes, recursive)
     return found

@@ -511,8 +511,11 @@ def decode(
 @click.option("--json", "as_json", is_flag=True, help="A JSON line per file.")
 @verbosity_options
 def info(paths: tuple[str, ...], recursive: bool, as_json: bool) -> int:
-    """Show the header of .lic files and the size of every section."""
-    names = batch.inputs(paths, (".lic",), recursive=recursive)
+    """Show the header of .lic files and the size of every section.
+
+    A folder stands for the .lic files in it.
+    """
+    names = batch.sources_of(paths, (".lic",), recursive=recursive)
 
     def work(name: str) -> None:
         from lic.inspection import info_of
@@ -521,7 +524,7 @@ def info(paths: tuple[str, ...], recursive: bool, as_json: bool) -> int:
         if as_json:
             click.echo(json.dumps({"file": name, **facts.as_dict()}))
         else:
-            click.echo(f"{name}:\n{facts.as_text()}" if len(names) > 1 else facts.as_text())
+            click.echo(f"{name}:\n{facts.as_text()}" if len(names) > 1 or names != list(paths) else facts.as_text())
 
     return _for_each(names, work)
 
@@ -536,10 +539,12 @@ def info(paths: tuple[str, ...], recursive: bool, as_json: bool) -> int:
 def verify(
     paths: tuple[str, ...], recursive: bool, as_json: bool, device: str, threads: int | None, max_pixels: int
 ) -> int:
-    """Decode .lic files in memory and check all checksums. Writes nothing."""
-    from lic.api import Codec
+    """Decode .lic files in memory and check all checksums. Writes nothing.
 
-    names = batch.inputs(paths, (".lic",), recursive=recursive)
+    A folder stands for the .lic files in it.
+    """
+    names = batch.sources_of(paths, (".lic",), recursive=recursive)
+    from lic.api import Codec
 
     codec = Codec(device=device, threads=threads)
 

@@ -233,6 +233,18 @@ def test_other_names_of_formats(lic: Run, tmp_path: Path, coded: bytes) -> None:
     assert Image.open(tmp_path / "back" / "a.tif").format == "TIFF"
 
 
+@pytest.mark.parametrize("set_before", [None, "active"])
+def test_threads_that_wait_sleep_unless_told_otherwise(set_before: str | None) -> None:
+    code = (
+        "import sys; sys.argv = ['lic', '--version']\nfrom lic.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    )
+    code += "import os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    variables |= {"OMP_WAIT_POLICY": set_before} if set_before else {}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, check=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{set_before or 'passive'} False"
+
+
 def test_the_compiler_of_torch_is_left_alone(tmp_path: Path, png: Path) -> None:
     """To import it takes as long as to import torch."""
     code = "import sys; from lic.cli import run; print(run(sys.argv[1:]), 'torch._dynamo' in sys.modules)"

@@ -627,8 +627,8 @@ int64_t lic_shrunken(const float* pixels, int64_t planes, int64_t height, int64_
     return 0;
 }
 
-// Of `planes` planes of height x width pixels and `reach` (27 or more, a multiple of 4) around, what matched blocks add to
-// them. Blocks of 8x8 pixels begin at every fourth row and column. Of all that are an offset (down, right) of at most
+// Of `planes` planes of height x width pixels and `reach` (27 or more) around, what matched blocks add to them.
+// Blocks of 8x8 pixels begin at every fourth row and column, counted from the first pixel inside. Of all that are an offset (down, right) of at most
 // RADIUS away, `matches` have the least sum of squares of differences from a block in the first plane, of equal ones the
 // first. They count for (1 + scale * that)^-4, beside `constant` for the block itself. A pixel is the mean of its four
 // blocks. matched: (planes, height, width). Of every `shares` tiles that with the number `share` is computed. Returns -1
@@ -646,10 +646,10 @@ int64_t lic_matched(const float* pixels, int64_t planes, int64_t height, int64_t
                 if (number++ % shares != share) continue;
                 const int64_t tall = std::min(TILE_ROWS, height - top), wide = std::min(TILE_COLUMNS, width - left);
                 const int64_t rows = (tall + CELL - 1) / CELL + 2, columns = (wide + CELL - 1) / CELL + 2;
-                // What is beyond the pixels that are there belongs to no block that is asked for.
+                // Of a narrow tile SPLIT takes in columns behind the last one, which are in no block that is asked for.
                 const int64_t first = top - CELL - RADIUS + reach, before = left - CELL - RADIUS + reach;
                 for (int64_t row = 0; row < CELL * rows + 2 * RADIUS; ++row) {
-                    const float* its = pixels + std::min(first + row, height + 2 * reach - 1) * stride;
+                    const float* its = pixels + (first + row) * stride;
                     for (int64_t x = 0; x < CELL * SPLIT; ++x)
                         matching.split[row][x % CELL][x / CELL] = its[std::min(before + x, stride - 1)];
                 }

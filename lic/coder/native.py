@@ -217,7 +217,7 @@ class Loops:
         """Matched blocks, as :func:`lic.denoising.block_matching.matched` has them. Raises MemoryError.
 
         Args:
-            planes: (K, H + 2·reach, W + 2·reach), reach being a multiple of 4 and 27 or more.
+            planes: (K, H + 2·reach, W + 2·reach), reach being 27 or more, the first pixel inside at multiples of 4.
             offsets: (N, 2), down and right, -20..20; more than matches.
             matches: 1..16.
 

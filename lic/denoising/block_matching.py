@@ -61,8 +61,6 @@ def _matched(planes: Tensor, scale: float) -> Tensor:
     down, right = (-(-side // STRIDE) + 1 for side in (height, width))
     rows, columns = STRIDE * (down - 1) + SIDE, STRIDE * (right - 1) + SIDE
     first = REACH - STRIDE
-    around = -(-(SIDE - 1) // STRIDE) * STRIDE  # more pixels, that all blocks at the end are there
-    padded = F.pad(planes[None], (0, around, 0, around), mode="replicate")[0]
 
     def moved(plane: Tensor, by: tuple[int, int]) -> Tensor:
         return plane[..., first + by[0] :, first + by[1] :][..., :rows, :columns]
@@ -72,22 +70,22 @@ def _matched(planes: Tensor, scale: float) -> Tensor:
     chosen = torch.zeros_like(distances, dtype=torch.int64)
     for start in range(0, len(OFFSETS), _TOGETHER):
         some = OFFSETS[start : start + _TOGETHER].tolist()
-        squares = ((moved(padded[:1], at) - moved(padded[:1], (0, 0))).square_() for at in some)  # stay in the cache
+        squares = ((moved(planes[:1], at) - moved(planes[:1], (0, 0))).square_() for at in some)  # stay in the cache
         found = torch.cat([F.avg_pool2d(its, SIDE, STRIDE, divisor_override=1) for its in squares])
         number = torch.arange(start, start + len(some), device=planes.device)
         all_numbers = torch.cat([chosen, number[:, None, None].expand_as(found)])
-        distances, places = torch.cat([distances, found]).topk(MATCHES, dim=0, largest=False)
-        chosen = all_numbers.gather(0, places)
+        distances, places = torch.cat([distances, found]).sort(dim=0, stable=True)
+        distances, chosen = distances[:MATCHES], all_numbers.gather(0, places[:MATCHES])
     weights = (1 + scale * distances).pow(-4)
     weights = weights / (weights.sum(0) + CONSTANT)
     one = torch.arange(SIDE, device=planes.device)
-    across = padded.shape[2]
+    across = planes.shape[2]
     corner = (first + STRIDE * torch.arange(down, device=planes.device))[:, None] * across
     corner = corner + first + STRIDE * torch.arange(right, device=planes.device)  # of each block
     inside = one[:, None] * across + one  # of a block
     places = corner[..., None, None] + inside
     changes = planes.new_zeros(len(planes), down, right, SIDE, SIDE)
-    flat = padded.flatten(1)
+    flat = planes.flatten(1)
     own = flat[:, places]
     for weight, number in zip(weights, chosen, strict=True):
         offset = offsets[number]

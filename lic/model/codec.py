@@ -248,9 +248,10 @@ class CodecModel(nn.Module):
 
         v is about what the decoder will get for y, and x - g_s(v) what is still missing. Were the synthesis its linear
         shortcut alone, v plus the shortcut's latents of that would be the latents of x. g_s adds a correction, which
-        g_a anticipates in the mean only, whereas this sees what it does to these very latents. The share of the way
-        grows linearly with quality: the finer the steps, the surer is v. ``worth`` is that of :meth:`rounded`, which
-        makes zeros of more where errors count less.
+        g_a anticipates in the mean only, whereas this sees what it does to these very latents, and what the refinement
+        does to their pixels where a share is of the way by refined ones. The share grows linearly with quality: the
+        finer the steps, the surer is v. ``worth`` is that of :meth:`rounded`, which makes zeros of more where errors
+        count less.
 
         An error other than squared error asks each latent, all others being as they are, to move by its pull over its
         worth: by what mends its own error and those of others besides. As all move at once, that is too far for some.

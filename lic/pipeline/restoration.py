@@ -5,8 +5,9 @@ or smoother there, or other colours, is mostly a small linear filter: a Wiener f
 picture and what is decoded of it, as the adaptive loop filter of VVC (Karczewicz et al. 2021, "VVC in-loop filters",
 IEEE Trans. Circuits Syst. Video Technol. 31(10)); with another distortion than squared error, by one Newton step. Each
 of three planes of colour has its own. To a sample are added coefficients times its FEATURES: a constant, the sample
-itself, another plane's or its own square, its non-local means and shrunken cosine transforms, and for each pair of
-opposite neighbours the sum of their differences from it, as they are and clipped to a quarter of the quantiser's step.
+itself, another plane's or its own square, what non-local means, shrunken cosine transforms and matched blocks would
+change in it, and for each pair of opposite neighbours the sum of their differences from it, as they are and clipped to
+a quarter of the quantiser's step.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ NEIGHBOURS = sorted(
 )
 OF_SAMPLES = 3  # features that are no differences
 DENOISED = CHANGES + 1  # features that are what a denoised sample would be more, the last one by matched blocks
+MATCHED = OF_SAMPLES + CHANGES  # the number of that one
 TIMES = 8  # what is denoised, so that its coefficients are about as large as others
 FEATURES = OF_SAMPLES + DENOISED + 2 * len(NEIGHBOURS)
 CLIPPED = 0.25  # of the quantiser's step
@@ -107,9 +109,9 @@ class Restoration:
 
     def applied(self, pixels: Tensor, code: float) -> Tensor:
         """Filtered pixels (H, W, C), 0..255, of decoded ones with REACH more at each side, for a quality code."""
-        step, last = step_of(code), OF_SAMPLES + DENOISED - 1
-        with_changes = any(any(plane.values[OF_SAMPLES:last]) for plane in self.planes)
-        with_matched = any(any(plane.values[last : last + 1]) for plane in self.planes)
+        step = step_of(code)
+        with_changes = any(any(plane.values[OF_SAMPLES:MATCHED]) for plane in self.planes)
+        with_matched = any(len(plane.values) > MATCHED and plane.values[MATCHED] for plane in self.planes)
         bands = []
         for band in _bands(pixels):
             planes = planes_of(band)
@@ -298,10 +300,10 @@ def _inner(plane: Tensor, down: int, right: int) -> Tensor:
 def _denoised(planes: Sequence[Tensor], step: float, *, with_changes: bool = True, with_matched: bool = True) -> Tensor:
     """The features of all planes that take long: (DENOISED, K, H, W), of planes with REACH more at each side.
 
-    Those that nobody asks for are anything.
+    Those that nobody asks for are 0.
     """
     stacked = torch.stack(list(planes))
-    found = stacked.new_empty(DENOISED, len(stacked), *(size - 2 * REACH for size in stacked.shape[1:]))
+    found = stacked.new_zeros(DENOISED, len(stacked), *(size - 2 * REACH for size in stacked.shape[1:]))
     if with_changes:
         inner = slice(REACH - denoising.REACH, denoising.REACH - REACH or None)
         torch.mul(denoising.changes(stacked[:, inner, inner], step), TIMES, out=found[:CHANGES])
