@@ -18,8 +18,9 @@ def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict
     """Thousand multiply-adds per pixel of each part on a picture of that size, the context model with its cache.
 
     The analysis is counted without its corrections, each of which costs an encoder a synthesis and the shortcut, and
-    the last one for squared error a refinement. Denoising, for the refinement and for a picture's own filter, is not counted: it is no network. Its cosine
-    transforms would come to 2.3, its means compare 52 pairs of pixels for each, its blocks one with 1,680 others.
+    the last one for squared error a refinement. Denoising, for the refinement and for a picture's own filter, is not
+    counted: it is no network. Its cosine transforms would come to 2.3, its means compare 52 pairs of pixels for each,
+    its blocks one with 1,680 others.
     """
     config: Config = net.config
     with torch.no_grad():
