@@ -804,7 +804,8 @@ def test_effort_costs_no_more(
         assert better.container.header.effort == effort
         assert decode_rgb(fitted.model, better.container).symbols_sha256 == better.symbols_sha256
         gains.append(1 - cost(fitted.model, better, photo) / cost(fitted.model, coded[code], photo))
-    assert min(gains) >= 0 and max(gains) >= least_gain
+    # Latents that stay what they were may get another filter, by what is added up in another order: then 1e-5 is lost.
+    assert min(gains) >= -1e-4 and max(gains) >= least_gain
 
 
 def test_errors_weigh_more_at_coarse_qualities(fitted: Fitted, scalar: LoadedModel) -> None:

@@ -16,10 +16,19 @@ import lic
 SCRIPT = Path(__file__).parent.parent / "scripts" / "pattern_check.py"
 
 
-@pytest.mark.parametrize("model", ["base", pytest.param("base-ms-ssim", marks=pytest.mark.slow)])
-def test_patterns_are_better_than_their_mean_colour(model: str) -> None:
+@pytest.mark.parametrize(
+    "model, qualities",
+    [
+        ("base", "40"),
+        pytest.param("base", "10,80", marks=pytest.mark.slow),
+        pytest.param("base-ms-ssim", "10,40,80", marks=pytest.mark.slow),
+    ],
+)
+def test_patterns_are_better_than_their_mean_colour(model: str, qualities: str) -> None:
     """The weights before the limit of the synthesis answered most of them with black and white at random."""
-    result = CliRunner().invoke(runpy.run_path(str(SCRIPT))["main"], ["--model", model, "--threads", "1"])
+    result = CliRunner().invoke(
+        runpy.run_path(str(SCRIPT))["main"], ["--model", model, "--qualities", qualities, "--threads", "1"]
+    )
     rows = result.output.splitlines()[2:]
     assert len(rows) > 15, result.output
     assert not [row for row in rows if "worse" in row] and result.exit_code == 0, result.output

@@ -542,7 +542,7 @@ def test_encoded_batches_serve_several_steps(photos: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     "part",
-    [pytest.param("tables", marks=pytest.mark.slow), pytest.param("vectors", marks=pytest.mark.slow), "adapters"],
+    [pytest.param(part, marks=pytest.mark.slow) for part in ("tables", "vectors", "adapters")],
 )
 def test_tuned_for_ms_ssim(part: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(DATA / "models" / "tiny.safetensors", tmp_path)
