@@ -10,23 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from conftest import DATA
 from scipy.ndimage import correlate
 
 import lic
 from lic import denoising
+from lic.denoising import groups
 from lic.errors import UnsupportedError
 from lic.model import refinement as module
 from lic.model import store
 from lic.model.codec import CodecModel, Corrections, Share, softly_rounded, step_of
-from lic.model.config import CONFIGS
+from lic.model.config import CONFIGS, Config
 from lic.model.refinement import Refinement
 from lic.pipeline import windows
 from lic.pipeline.restoration import REACH
 
 TINY = DATA / "models" / "tiny.safetensors"
-CONFIG = replace(CONFIGS["tiny"], refinement=(6, 2))
+CONFIG = replace(CONFIGS["tiny"], refinement=(6, 2, 2))
+WITHOUT_GROUPS = replace(CONFIG, refinement=(6, 2))
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -58,7 +61,7 @@ def table(values: np.ndarray, code: float) -> np.ndarray:
 def by_the_specification(
     net: Refinement, pixels: np.ndarray, features: np.ndarray, code: float, step: float
 ) -> np.ndarray:
-    """Chapter 6.5, of pixels (H, W, 3) in [-0.5, 0.5]; what denoising changes is tested with the filter."""
+    """Chapter 6.5, of pixels (H, W, 3) in [-0.5, 0.5]; what denoising changes is tested with the filter, and groups."""
     arrays = {name: value.double().numpy() for name, value in net.state_dict().items()}
 
     def linear(name: str, x: np.ndarray) -> np.ndarray:
@@ -85,7 +88,11 @@ def by_the_specification(
     reach = denoising.REACH
     padded = np.pad(s, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     planes = torch.stack(denoising.planes_of(torch.from_numpy(padded).float())) / step
-    changes = denoising.changes(planes, 1).flatten(0, 1).permute(1, 2, 0).double().numpy()
+    changes = denoising.changes(planes, 1).flatten(0, 1)
+    if net.grouped:
+        wider = F.pad(planes, (groups.REACH - reach,) * 4, mode="replicate")
+        changes = torch.cat([changes, groups.grouped(wider, 1).flatten(0, 1)])
+    changes = changes.permute(1, 2, 0).double().numpy()
     box = [correlate(np.pad(a, 2), np.ones((5, 5)))[2:-2, 2:-2] for a in (*np.moveaxis(s, -1, 0), np.ones(s.shape[:2]))]
     detail = (s - np.stack(box[:3], -1) / box[3][..., None]) / step
     detail = detail / (1 + np.abs(detail) / 4)
@@ -98,16 +105,17 @@ def by_the_specification(
         mixed = [correlate(inner[..., c], kernels[..., c], mode="constant") for c in range(inner.shape[-1])]
         v = v + linear(f"blocks.{i}.outer", np.stack(mixed, -1))
     own = depth_to_space(linear("last", leaky(scaled(v, "after"))))
-    t = (table(arrays["weights.table"], code) * changes).reshape(*s.shape[:2], 8, 3).sum(2)
+    t = (table(arrays["weights.table"], code) * changes).reshape(*s.shape[:2], -1, 3).sum(2)
     mean, first, second = np.moveaxis(t, -1, 0)
     coloured = np.stack([mean + first + 2 / 3 * second, mean - 4 / 3 * second, mean - first + 2 / 3 * second], -1)
     return step * (own + coloured) / 255
 
 
+@pytest.mark.parametrize("config", [CONFIG, WITHOUT_GROUPS])
 @pytest.mark.parametrize("band", [16, 128])
-def test_it_does_what_the_specification_says(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_what_the_specification_says(band: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BAND", band)
-    net = randomised(Refinement(CONFIG))
+    net = randomised(Refinement(config))
     pixels, features, code, step = inputs(64, 48)
     with torch.no_grad():
         found = net(pixels, features, code, step).numpy()
@@ -119,7 +127,9 @@ def test_it_does_what_the_specification_says(band: int, monkeypatch: pytest.Monk
 def test_it_reaches_no_farther_than_windows_have_room_for() -> None:
     with pytest.raises(ValueError, match="4 blocks"):
         Refinement(replace(CONFIG, refinement=(4, 4)))
-    net = randomised(Refinement(replace(CONFIG, refinement=(4, 3))))
+    with pytest.raises(ValueError, match="1 kinds of changes by groups"):
+        Refinement(replace(CONFIG, refinement=(4, 3, 1)))
+    net = randomised(Refinement(replace(CONFIG, refinement=(4, 3, 2))))
     pixels, features, code, step = inputs(160, 32)
     other = pixels.clone()
     other[:, 0] = -other[:, 0]

@@ -313,6 +313,13 @@ constexpr int64_t STRIP = STRIDE * (BLOCKS - SIDE / STRIDE + 1);  // columns tha
 
 typedef float Eight __attribute__((vector_size(32)));
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED_EIGHT(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef uint32_t EightWords __attribute__((vector_size(32)));
+#define SHUFFLED_EIGHT(a, b, ...) __builtin_shuffle(a, b, EightWords{__VA_ARGS__})
+#endif
+
 struct Cosines {
     float of[SIDE][SIDE];  // frequency, place
 
@@ -323,24 +330,29 @@ struct Cosines {
     }
 };
 
+// A cosine transform of eight, orthonormal: sums and differences of opposite places first, and for even frequencies of
+// these once more.
 ALWAYS_INLINE void to_frequencies(const Cosines& cosines, const Eight* in, Eight* out) {
-    for (int64_t u = 0; u < SIDE; ++u) {
-        Eight sum{};
-        for (int64_t i = 0; i < SIDE / 2; ++i)
-            sum += cosines.of[u][i] * (u % 2 ? in[i] - in[SIDE - 1 - i] : in[i] + in[SIDE - 1 - i]);
-        out[u] = sum;
-    }
+    const auto& of = cosines.of;
+    const Eight s0 = in[0] + in[7], s1 = in[1] + in[6], s2 = in[2] + in[5], s3 = in[3] + in[4];
+    const Eight d0 = in[0] - in[7], d1 = in[1] - in[6], d2 = in[2] - in[5], d3 = in[3] - in[4];
+    const Eight e0 = s0 + s3, e1 = s1 + s2, e2 = s0 - s3, e3 = s1 - s2;
+    out[0] = of[0][0] * (e0 + e1);
+    out[4] = of[0][0] * (e0 - e1);
+    out[2] = of[2][0] * e2 + of[2][1] * e3;
+    out[6] = of[2][1] * e2 - of[2][0] * e3;
+    for (int64_t u = 1; u < SIDE; u += 2) out[u] = (of[u][0] * d0 + of[u][1] * d1) + (of[u][2] * d2 + of[u][3] * d3);
 }
 
 ALWAYS_INLINE void to_places(const Cosines& cosines, const Eight* in, Eight* out) {
+    const auto& of = cosines.of;
+    const Eight e0 = of[0][0] * (in[0] + in[4]), e1 = of[0][0] * (in[0] - in[4]);
+    const Eight e2 = of[2][0] * in[2] + of[2][1] * in[6], e3 = of[2][1] * in[2] - of[2][0] * in[6];
+    const Eight even[] = {e0 + e2, e1 + e3, e1 - e3, e0 - e2};
     for (int64_t i = 0; i < SIDE / 2; ++i) {
-        Eight even{}, odd{};
-        for (int64_t u = 0; u < SIDE; u += 2) {
-            even += cosines.of[u][i] * in[u];
-            odd += cosines.of[u + 1][i] * in[u + 1];
-        }
-        out[i] = even + odd;
-        out[SIDE - 1 - i] = even - odd;
+        const Eight odd = (of[1][i] * in[1] + of[3][i] * in[3]) + (of[5][i] * in[5] + of[7][i] * in[7]);
+        out[i] = even[i] + odd;
+        out[SIDE - 1 - i] = even[i] - odd;
     }
 }
 
@@ -411,17 +423,25 @@ constexpr int64_t CELL = 4, RADIUS = 20, MOST_MATCHES = 16;
 constexpr int64_t CELL_ROWS = TILE_ROWS / CELL + 2, CELL_COLUMNS = TILE_COLUMNS / CELL + 2;  // one more at each side
 constexpr int64_t LANES = (CELL_COLUMNS + 7) / 8 * 8, SPLIT = LANES + 2 * RADIUS / CELL + 1;
 constexpr int64_t SPLIT_ROWS = CELL * CELL_ROWS + 2 * RADIUS;
+constexpr int64_t BLOCK_ROWS = CELL_ROWS - 1, BLOCK_COLUMNS = CELL_COLUMNS - 1;  // at most in a tile
+
+// Offsets (down, right) of at most RADIUS, and how many matches to look for.
+struct Offsets {
+    const int64_t* each;
+    const int64_t count, matches;
+};
 
 struct Matching {
     float split[SPLIT_ROWS][CELL][SPLIT];
-    float cells[CELL_ROWS][LANES];
-    float distances[CELL_ROWS - 1][CELL_COLUMNS - 1][MOST_MATCHES];  // of each block, the least first
-    int64_t away[CELL_ROWS - 1][CELL_COLUMNS - 1][MOST_MATCHES];     // in pixels
-    float weights[CELL_ROWS - 1][CELL_COLUMNS - 1][MOST_MATCHES];
+    float cells[CELL_ROWS][LANES + 8];
+    float worst[BLOCK_ROWS][LANES];                               // of the distances of each block, so far
+    float distances[BLOCK_ROWS][BLOCK_COLUMNS][MOST_MATCHES];  // of each block, the least first
+    int32_t away[BLOCK_ROWS][BLOCK_COLUMNS][MOST_MATCHES];     // in pixels
+    float weights[BLOCK_ROWS][BLOCK_COLUMNS][MOST_MATCHES];
 };
 
 // Sums of the squares of differences between what is `down` and `right` away and what is here, over `rows` rows of cells.
-WIDER void compare(Matching& matching, int64_t rows, int64_t down, int64_t right) {
+ALWAYS_INLINE void compare(Matching& matching, int64_t rows, int64_t down, int64_t right) {
     for (int64_t row = 0; row < rows; ++row) {
         Eight sums[LANES / 8] = {};
         for (int64_t i = 0; i < CELL; ++i)
@@ -442,7 +462,7 @@ WIDER void compare(Matching& matching, int64_t rows, int64_t down, int64_t right
 }
 
 // Keeps of a block the `matches` least distances, of equal ones the first.
-ALWAYS_INLINE void keep(float distance, int64_t away, int64_t matches, float* distances, int64_t* its) {
+ALWAYS_INLINE void keep(float distance, int32_t away, int64_t matches, float* distances, int32_t* its) {
     int64_t at = matches - 1;
     for (; at > 0 && distance < distances[at - 1]; --at) {
         distances[at] = distances[at - 1];
@@ -452,10 +472,152 @@ ALWAYS_INLINE void keep(float distance, int64_t away, int64_t matches, float* di
     its[at] = away;
 }
 
+// Finds the matches of `rows` x `columns` blocks of a plane of `height` rows of `stride` pixels, the first of which begins
+// at row `top` and column `left`.
+WIDER void match(Matching& matching, const float* plane, int64_t height, int64_t stride, int64_t top, int64_t left,
+                 int64_t rows, int64_t columns, const Offsets& offsets) {
+    // What SPLIT takes in beyond the plane is in no block, and at no offset, that is asked for.
+    for (int64_t row = 0; row < CELL * (rows + 1) + 2 * RADIUS; ++row) {
+        const float* its = plane + std::min(std::max(top + row - RADIUS, int64_t(0)), height - 1) * stride;
+        for (int64_t x = 0; x < CELL * SPLIT; ++x)
+            matching.split[row][x % CELL][x / CELL] = its[std::min(std::max(left + x - RADIUS, int64_t(0)), stride - 1)];
+    }
+    constexpr float INFINITE = std::numeric_limits<float>::infinity();
+    for (int64_t row = 0; row < rows; ++row) {
+        for (auto& distances : matching.distances[row]) std::fill(distances, distances + offsets.matches, INFINITE);
+        for (int64_t x = 0; x < LANES; ++x) matching.worst[row][x] = x < columns ? INFINITE : -INFINITE;
+    }
+    for (int64_t i = 0; i < offsets.count; ++i) {
+        const int64_t down = offsets.each[2 * i], right = offsets.each[2 * i + 1];
+        compare(matching, rows + 1, down, right);
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t x = 0; x < columns; x += 8) {
+                const float *above = &matching.cells[row][x], *below = &matching.cells[row + 1][x];
+                Eight one, two, three, four, worst;
+                std::memcpy(&one, above, sizeof one);
+                std::memcpy(&two, above + 1, sizeof two);
+                std::memcpy(&three, below, sizeof three);
+                std::memcpy(&four, below + 1, sizeof four);
+                std::memcpy(&worst, &matching.worst[row][x], sizeof worst);
+                const Eight distance = one + two + three + four;
+                const auto better = distance < worst;
+                uint64_t any[4];
+                std::memcpy(any, &better, sizeof any);
+                if (!(any[0] | any[1] | any[2] | any[3])) continue;
+                for (int64_t lane = 0; lane < 8; ++lane)
+                    if (better[lane]) {
+                        float* distances = matching.distances[row][x + lane];
+                        keep(distance[lane], int32_t(down * stride + right), offsets.matches, distances,
+                             matching.away[row][x + lane]);
+                        matching.worst[row][x + lane] = distances[offsets.matches - 1];
+                    }
+            }
+    }
+}
+
 // Adds to a row of CELL pixels of a plane what the matches of a block would change.
-ALWAYS_INLINE void mend(const float* pixels, const float* weights, const int64_t* away, int64_t matches, Floats* sum) {
+ALWAYS_INLINE void mend(const float* pixels, const float* weights, const int32_t* away, int64_t matches, Floats* sum) {
     const Floats own = loaded(pixels);
     for (int64_t m = 0; m < matches; ++m) *sum += weights[m] * (loaded(pixels + away[m]) - own);
+}
+
+// Shrunken groups, see lic_grouped.
+constexpr int64_t MEMBERS = 16;
+
+ALWAYS_INLINE void transpose(Eight (&rows)[SIDE]) {
+    Eight pairs[SIDE], fours[SIDE];
+    for (int64_t i = 0; i < 8; i += 2) {
+        pairs[i] = SHUFFLED_EIGHT(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pairs[i + 1] = SHUFFLED_EIGHT(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int64_t i = 0; i < 8; i += 4)
+        for (int64_t j = 0; j < 2; ++j) {
+            fours[i + 2 * j] = SHUFFLED_EIGHT(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            fours[i + 2 * j + 1] = SHUFFLED_EIGHT(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int64_t i = 0; i < 4; ++i) {
+        rows[i] = SHUFFLED_EIGHT(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        rows[i + 4] = SHUFFLED_EIGHT(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// A Haar transform of the members of a group, and its inverse.
+template <bool BACK>
+ALWAYS_INLINE void along_group(Eight (&group)[MEMBERS][SIDE]) {
+    const float half = std::sqrt(0.5f);
+    for (int64_t level = 1; level < MEMBERS; level *= 2) {
+        const int64_t step = BACK ? MEMBERS / 2 / level : level;
+        for (int64_t m = 0; m < MEMBERS; m += 2 * step)
+            for (int64_t i = 0; i < SIDE; ++i) {
+                const Eight one = group[m][i], other = group[m + step][i];
+                group[m][i] = half * (one + other);
+                group[m + step][i] = half * (one - other);
+            }
+    }
+}
+
+// What is added up of groups, in each pixel: of each plane what is shrunken and what is averaged, and how much these count.
+struct Sums {
+    const int64_t planes, size;
+    std::vector<float> all;
+
+    Sums(int64_t planes, int64_t size) : planes(planes), size(size), all((2 * planes + 2) * size) {}
+
+    float* shrunken(int64_t k) { return &all[2 * k * size]; }
+    float* averaged(int64_t k) { return &all[(2 * k + 1) * size]; }
+    float* count() { return &all[2 * planes * size]; }
+    float* weight() { return &all[(2 * planes + 1) * size]; }
+};
+
+ALWAYS_INLINE void add_to(float* at, const Eight& its) {
+    Eight sum;
+    std::memcpy(&sum, at, sizeof sum);
+    sum += its;
+    std::memcpy(at, &sum, sizeof sum);
+}
+
+// Adds what a group of blocks of a plane, so many pixels away from `block`, are together: shrunken, and averaged.
+WIDER void add_group(const Cosines& cosines, const float* block, const int32_t* away, const float* weights,
+                     int64_t stride, float square, float* shrunken, float* averaged) {
+    Eight group[MEMBERS][SIDE], part[SIDE], means[SIDE] = {};
+    float total = 0;
+    for (int64_t m = 0; m < MEMBERS; ++m) {
+        for (int64_t i = 0; i < SIDE; ++i) {
+            std::memcpy(&group[m][i], block + away[m] + i * stride, sizeof part[i]);
+            means[i] += weights[m] * group[m][i];
+        }
+        total += weights[m];
+        to_frequencies(cosines, group[m], part);
+        transpose(part);
+        to_frequencies(cosines, part, group[m]);
+    }
+    along_group<false>(group);
+    const float mean = group[0][0][0];
+    for (auto& coefficients : group)
+        for (auto& its : coefficients) {
+            const Eight power = its * its;
+            its *= power / (power + square);
+        }
+    group[0][0][0] = mean;
+    along_group<true>(group);
+    for (auto& its : means) its /= total;
+    for (int64_t m = 0; m < MEMBERS; ++m) {
+        to_places(cosines, group[m], part);
+        transpose(part);
+        to_places(cosines, part, group[m]);
+        for (int64_t i = 0; i < SIDE; ++i) {
+            add_to(shrunken + away[m] + i * stride, group[m][i]);
+            add_to(averaged + away[m] + i * stride, weights[m] * means[i]);
+        }
+    }
+}
+
+WIDER void count_group(const int32_t* away, const float* weights, int64_t stride, float* count, float* weight) {
+    for (int64_t m = 0; m < MEMBERS; ++m)
+        for (int64_t i = 0; i < SIDE; ++i) {
+            add_to(count + away[m] + i * stride, Eight{} + 1.0f);
+            add_to(weight + away[m] + i * stride, Eight{} + weights[m]);
+        }
 }
 
 }  // namespace
@@ -645,32 +807,11 @@ int64_t lic_matched(const float* pixels, int64_t planes, int64_t height, int64_t
             for (int64_t left = 0; left < width; left += TILE_COLUMNS) {
                 if (number++ % shares != share) continue;
                 const int64_t tall = std::min(TILE_ROWS, height - top), wide = std::min(TILE_COLUMNS, width - left);
-                const int64_t rows = (tall + CELL - 1) / CELL + 2, columns = (wide + CELL - 1) / CELL + 2;
-                // Of a narrow tile SPLIT takes in columns behind the last one, which are in no block that is asked for.
-                const int64_t first = top - CELL - RADIUS + reach, before = left - CELL - RADIUS + reach;
-                for (int64_t row = 0; row < CELL * rows + 2 * RADIUS; ++row) {
-                    const float* its = pixels + (first + row) * stride;
-                    for (int64_t x = 0; x < CELL * SPLIT; ++x)
-                        matching.split[row][x % CELL][x / CELL] = its[std::min(before + x, stride - 1)];
-                }
-                for (auto& row : matching.distances)
-                    for (auto& distances : row)
-                        std::fill(distances, distances + matches, std::numeric_limits<float>::infinity());
-                for (int64_t i = 0; i < count; ++i) {
-                    const int64_t down = offsets[2 * i], right = offsets[2 * i + 1], away = down * stride + right;
-                    compare(matching, rows, down, right);
-                    for (int64_t row = 0; row < rows - 1; ++row) {
-                        const float *above = matching.cells[row], *below = matching.cells[row + 1];
-                        for (int64_t x = 0; x < columns - 1; ++x) {
-                            const float distance = above[x] + above[x + 1] + below[x] + below[x + 1];
-                            float* distances = matching.distances[row][x];
-                            if (distance < distances[matches - 1])
-                                keep(distance, away, matches, distances, matching.away[row][x]);
-                        }
-                    }
-                }
-                for (int64_t row = 0; row < rows - 1; ++row)
-                    for (int64_t x = 0; x < columns - 1; ++x) {
+                const int64_t rows = (tall + CELL - 1) / CELL + 1, columns = (wide + CELL - 1) / CELL + 1;
+                match(matching, pixels, height + 2 * reach, stride, top - CELL + reach, left - CELL + reach, rows,
+                      columns, Offsets{offsets, count, matches});
+                for (int64_t row = 0; row < rows; ++row)
+                    for (int64_t x = 0; x < columns; ++x) {
                         float total = constant;
                         float* weights = matching.weights[row][x];
                         for (int64_t m = 0; m < matches; ++m) {
@@ -693,6 +834,78 @@ int64_t lic_matched(const float* pixels, int64_t planes, int64_t height, int64_t
                             std::memcpy(matched + (k * height + top + y) * width + left + x, &sum,
                                         std::min(CELL, wide - x) * sizeof(float));
                         }
+            }
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
+// Of `planes` planes of height x width pixels and `reach` around, what groups of blocks add to them. Blocks of 8x8 pixels
+// begin at every fourth row and column, counted from the first pixel inside. Of all that are an offset (down, right) away,
+// at most (reach - 7) / 2, each has the 15 of least sum of squares of differences in the first plane, of equal ones the
+// first, behind it in a group. First, of the cosine transforms of the members, transformed once more from member to member,
+// all coefficients c but the first one are multiplied by c^2 / (c^2 + threshold^2); a pixel is the mean of all blocks of
+// all groups that it is in. Second, all members become their mean, in which they count for (1 + scale * sum)^-4, as these
+// means do in a pixel. grouped: (2, planes, height, width). Of `shares` parts of the rows that with the number `share` is
+// computed. Returns -1 if there is not enough memory.
+int64_t lic_grouped(const float* pixels, int64_t planes, int64_t height, int64_t width, int64_t reach,
+                    const int64_t* offsets, int64_t count, float threshold, float scale, int64_t share, int64_t shares,
+                    float* grouped) {
+    static const Cosines cosines;
+    const int64_t stride = width + 2 * reach, tall = height + 2 * reach, radius = (reach - SIDE + 1) / 2;
+    const int64_t parts = (height + CELL - 1) / CELL;
+    const int64_t first = parts * share / shares * CELL, last = std::min(parts * (share + 1) / shares * CELL, height);
+    const int64_t before = (SIDE - 1 + radius) / CELL * CELL, behind = radius;  // where blocks begin, around pixels
+    const int64_t across = (before + width - 1 + behind) / CELL + 1;
+    if (first >= last) return 0;
+    try {
+        std::vector<Matching> room(1);
+        Matching& matching = room[0];
+        Sums sums(planes, (last - first + 2 * reach) * stride);  // which begin `reach` rows before the first
+        std::vector<int32_t> groups(BLOCK_ROWS * across * MEMBERS);
+        std::vector<float> weights(groups.size());
+        for (int64_t top = first - before; top < last + behind; top += BLOCK_ROWS * CELL) {
+            const int64_t rows = std::min(BLOCK_ROWS, (last + behind - top + CELL - 1) / CELL);
+            for (int64_t number = 0; number < across; number += BLOCK_COLUMNS) {
+                const int64_t columns = std::min(BLOCK_COLUMNS, across - number);
+                match(matching, pixels, tall, stride, top + reach, number * CELL - before + reach, rows, columns,
+                      Offsets{offsets, count, MEMBERS - 1});
+                for (int64_t row = 0; row < rows; ++row)
+                    for (int64_t x = 0; x < columns; ++x) {
+                        const int64_t at = (row * across + number + x) * MEMBERS;
+                        groups[at] = 0;
+                        weights[at] = 1;
+                        for (int64_t m = 1; m < MEMBERS; ++m) {
+                            const float a = 1 / (1 + scale * matching.distances[row][x][m - 1]);
+                            weights[at + m] = a * a * (a * a);
+                            groups[at + m] = matching.away[row][x][m - 1];
+                        }
+                    }
+            }
+            // In the order of rows, whatever the parts, so that sums do not depend on these.
+            for (int64_t row = 0; row < rows; ++row)
+                for (int64_t x = 0; x < across; ++x) {
+                    const int32_t* group = &groups[(row * across + x) * MEMBERS];
+                    const float* its_weights = &weights[(row * across + x) * MEMBERS];
+                    const int64_t y = top + row * CELL, column = x * CELL - before + reach;
+                    const int64_t at = (y - first + reach) * stride + column;
+                    for (int64_t k = 0; k < planes; ++k)
+                        add_group(cosines, pixels + (k * tall + y + reach) * stride + column, group, its_weights, stride,
+                                  threshold * threshold, sums.shrunken(k) + at, sums.averaged(k) + at);
+                    count_group(group, its_weights, stride, sums.count() + at, sums.weight() + at);
+                }
+        }
+        for (int64_t k = 0; k < planes; ++k)
+            for (int64_t y = first; y < last; ++y) {
+                const float* own = pixels + (k * tall + y + reach) * stride + reach;
+                const int64_t at = (y - first + reach) * stride + reach;
+                float* shrunken = grouped + (k * height + y) * width;
+                float* averaged = shrunken + planes * height * width;
+                for (int64_t x = 0; x < width; ++x) {
+                    shrunken[x] = sums.shrunken(k)[at + x] / sums.count()[at + x] - own[x];
+                    averaged[x] = sums.averaged(k)[at + x] / sums.weight()[at + x] - own[x];
+                }
             }
     } catch (const std::exception&) {
         return -1;

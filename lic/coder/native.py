@@ -40,6 +40,7 @@ class Loops:
         self._means = library.lic_means
         self._shrunken = library.lic_shrunken
         self._matched = library.lic_matched
+        self._grouped = library.lic_grouped
         for function in (
             self._read_chain,
             self._states,
@@ -47,6 +48,7 @@ class Loops:
             self._means,
             self._shrunken,
             self._matched,
+            self._grouped,
         ):
             function.restype = ctypes.c_int64
 
@@ -237,6 +239,31 @@ class Loops:
             ctypes.c_float(constant),
         )
         return _filled(result, self._matched, arguments, threads)
+
+    def grouped(
+        self, planes: Floats, reach: int, offsets: Ints, threshold: float, scale: float, threads: int = 1
+    ) -> Floats:
+        """Groups of blocks, as :func:`lic.denoising.groups.grouped` has them. Raises MemoryError.
+
+        Args:
+            planes: (K, H + 2·reach, W + 2·reach), the first pixel inside at multiples of 4.
+            offsets: (N, 2), down and right, up to (reach - 7) / 2 and 20; 15 or more.
+
+        Returns:
+            (2, K, H, W).
+        """
+        count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
+        result = np.empty((2, count, height, width), np.float32)
+
+        arguments = (
+            _at(planes, np.float32),
+            *(ctypes.c_int64(size) for size in (count, height, width, reach)),
+            _at(offsets, np.int64),
+            ctypes.c_int64(len(offsets)),
+            ctypes.c_float(threshold),
+            ctypes.c_float(scale),
+        )
+        return _filled(result, self._grouped, arguments, threads)
 
 
 def _filled(result: Floats, function: Callable[..., int], arguments: tuple[Any, ...], threads: int) -> Floats:

@@ -61,21 +61,8 @@ def _matched(planes: Tensor, scale: float) -> Tensor:
     down, right = (-(-side // STRIDE) + 1 for side in (height, width))
     rows, columns = STRIDE * (down - 1) + SIDE, STRIDE * (right - 1) + SIDE
     first = REACH - STRIDE
-
-    def moved(plane: Tensor, by: tuple[int, int]) -> Tensor:
-        return plane[..., first + by[0] :, first + by[1] :][..., :rows, :columns]
-
     offsets = torch.from_numpy(OFFSETS).to(planes.device)
-    distances = planes.new_full((MATCHES, down, right), math.inf)
-    chosen = torch.zeros_like(distances, dtype=torch.int64)
-    for start in range(0, len(OFFSETS), _TOGETHER):
-        some = OFFSETS[start : start + _TOGETHER].tolist()
-        squares = ((moved(planes[:1], at) - moved(planes[:1], (0, 0))).square_() for at in some)  # stay in the cache
-        found = torch.cat([F.avg_pool2d(its, SIDE, STRIDE, divisor_override=1) for its in squares])
-        number = torch.arange(start, start + len(some), device=planes.device)
-        all_numbers = torch.cat([chosen, number[:, None, None].expand_as(found)])
-        distances, places = torch.cat([distances, found]).sort(dim=0, stable=True)
-        distances, chosen = distances[:MATCHES], all_numbers.gather(0, places[:MATCHES])
+    distances, chosen = nearest(planes[0], first, (down, right), OFFSETS, MATCHES)
     weights = (1 + scale * distances).pow(-4)
     weights = weights / (weights.sum(0) + CONSTANT)
     one = torch.arange(SIDE, device=planes.device)
@@ -94,3 +81,32 @@ def _matched(planes: Tensor, scale: float) -> Tensor:
     blocks = changes.flatten(1, 2).flatten(2).transpose(1, 2)  # (K, SIDE², blocks)
     total = F.fold(blocks, (rows, columns), SIDE, stride=STRIDE)[:, 0]
     return total[:, STRIDE : STRIDE + height, STRIDE : STRIDE + width] / (SIDE // STRIDE) ** 2
+
+
+def nearest(
+    plane: Tensor, first: int, blocks: tuple[int, int], offsets: np.ndarray, matches: int
+) -> tuple[Tensor, Tensor]:
+    """What blocks of a plane (H, W) are most like, the nearest first: (matches, ROWS, COLUMNS), each.
+
+    Sums of the squares of differences, and numbers of offsets (N, 2); of equal sums the first ones.
+
+    Args:
+        first: the row and column of the first block.
+        blocks: (ROWS, COLUMNS), at every STRIDE-th row and column.
+    """
+    rows, columns = (STRIDE * (count - 1) + SIDE for count in blocks)
+
+    def moved(by: tuple[int, int]) -> Tensor:
+        return plane[first + by[0] :, first + by[1] :][:rows, :columns]
+
+    distances = plane.new_full((matches, *blocks), math.inf)
+    chosen = torch.zeros_like(distances, dtype=torch.int64)
+    for start in range(0, len(offsets), _TOGETHER):
+        some = offsets[start : start + _TOGETHER].tolist()
+        squares = ((moved(at) - moved((0, 0))).square_()[None] for at in some)  # stay in the cache
+        found = torch.cat([F.avg_pool2d(its, SIDE, STRIDE, divisor_override=1) for its in squares])
+        number = torch.arange(start, start + len(some), device=plane.device)
+        all_numbers = torch.cat([chosen, number[:, None, None].expand_as(found)])
+        distances, places = torch.cat([distances, found]).sort(dim=0, stable=True)
+        distances, chosen = distances[:matches], all_numbers.gather(0, places[:matches])
+    return distances, chosen

@@ -38,7 +38,7 @@ def shrunken(planes: Tensor, step: float) -> Tensor:
 
 def _shrunken(planes: Tensor, thresholds: tuple[float, ...]) -> Tensor:
     """As the compiled loop has them."""
-    transform = planes.new_tensor(np.kron(_cosines(), _cosines()))
+    transform = planes.new_tensor(np.kron(cosines(), cosines()))
     found = transform @ F.unfold(planes[:, None], SIDE, stride=STRIDE)  # (K, 64, blocks)
     inner = (..., slice(REACH, -REACH), slice(REACH, -REACH))
     of_thresholds = []
@@ -51,7 +51,7 @@ def _shrunken(planes: Tensor, thresholds: tuple[float, ...]) -> Tensor:
     return torch.stack(of_thresholds)
 
 
-def _cosines() -> np.ndarray:
+def cosines() -> np.ndarray:
     """(frequency, place), orthonormal."""
     frequency, place = np.ogrid[:SIDE, :SIDE]
     cosines = np.cos(np.pi * frequency * (2 * place + 1) / (2 * SIDE)) * math.sqrt(2 / SIDE)

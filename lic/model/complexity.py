@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lic.denoising import CHANGES
 from lic.model.codec import CodecModel
 from lic.model.config import DOWNSAMPLING, HYPER_DOWNSAMPLING, Config
 from lic.model.refinement import PLANES
@@ -44,7 +43,7 @@ def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict
         }
         if (refinement := net.refinement) is not None:
             features = torch.zeros(1, height // 4, width // 4, config.widths[0])
-            changes = torch.zeros(1, CHANGES * PLANES, height, width)
+            changes = torch.zeros(1, refinement.count * PLANES, height, width)
             steps = torch.ones(1, 1, 1, 1)
             parts["refinement"] = count(lambda: refinement.added(x, features, changes, code, steps))
     decoder = sum(parts[part] for part in ("hyper_synthesis", "context", "synthesis", "refinement") if part in parts)

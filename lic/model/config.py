@@ -8,7 +8,7 @@ from typing import Any
 
 DOWNSAMPLING = 16  # pixels per latent position, one side
 HYPER_DOWNSAMPLING = 64  # pixels per hyper-latent position, one side: images are padded to multiples of it
-REFINEMENT = (24, 3)  # width and blocks of a refinement that begins anew
+REFINEMENT = (24, 3, 2)  # that of one that begins anew, see Config
 _OPTIONAL = {"non_local_heads", "refinement"}  # fields that may be left out of the JSON
 
 
@@ -28,7 +28,9 @@ class Config:
     system: str = "groupedmixer"
     context: Mapping[str, Any] = field(default_factory=dict)
     non_local_heads: int = 0  # of the non-local attention modules in transforms and hyperprior; 0: no modules
-    refinement: tuple[int, ...] = ()  # width and number of blocks of the refinement behind g_s; none: no refinement
+    # Of the refinement behind g_s: width, number of blocks, and kinds of changes by groups that it is given, if not 0.
+    # None: no refinement.
+    refinement: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Without the optional fields that have their default: weights from before these were there stay the same."""

@@ -1,14 +1,15 @@
 """The refinement behind the synthesis: what pixels say of each other (bitstream_spec.md, 6.5).
 
 g_s ends at a quarter of the resolution and sees a place through fixed kernels. Behind it, a small residual network at
-half of the resolution is given the pixels, what the last stage of g_s knows of them, and what non-local means and
-shrunken cosine transforms would change in them (:mod:`lic.denoising`), and says what to add: a sum of these changes
-with weights by quality, and corrections of its own. Its units are quantiser steps, so that it sees the same errors at
-every quality.
+half of the resolution is given the pixels, what the last stage of g_s knows of them, and what non-local means, shrunken
+cosine transforms and groups of blocks would change in them (:mod:`lic.denoising`), and says what to add: a sum of these
+changes with weights by quality, and corrections of its own. Its units are quantiser steps, so that it sees the same
+errors at every quality.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lic import denoising
-from lic.denoising import CHANGES, COLOURS, MIDDLE, planes_of
+from lic.denoising import CHANGES, COLOURS, MIDDLE, groups, planes_of
+from lic.denoising.groups import GROUPED
 from lic.exact import QualityTable
 from lic.model.config import Config
 from lic.model.layers import Depthwise, Matrix, depth_to_space, leaky, space_to_depth
@@ -45,21 +47,24 @@ class Refinement(nn.Module):
     """Pixels of g_s, what its last stage knows, codes -> what is to be added to the pixels."""
 
     def __init__(self, config: Config) -> None:
-        """Raises ValueError for a refinement that reaches too far."""
+        """Raises ValueError for a refinement that reaches too far, and for other groups than there are."""
         super().__init__()
-        width, depth = config.refinement
+        width, depth, self.grouped = (*config.refinement, 0)[:3]
         if not 0 <= depth <= MOST_BLOCKS:
             raise ValueError(f"a refinement of {depth} blocks")
+        if self.grouped not in (0, GROUPED):
+            raise ValueError(f"a refinement that is given {self.grouped} kinds of changes by groups")
+        self.count = CHANGES + self.grouped  # of changes
         self.reach = -(-(DETAIL // 2 + SCALE * depth) // 4) * 4  # rows that another row depends on, whole features
         self.pixels = Matrix(SCALE**2 * 2 * PLANES, width)
-        self.changes = Matrix(SCALE**2 * CHANGES * PLANES, width)
+        self.changes = Matrix(SCALE**2 * self.count * PLANES, width)
         self.features = Matrix(config.widths[0], (4 // SCALE) ** 2 * width)
         self.before, self.after = (QualityTable(config.knots, 2 * width) for _ in range(2))
         self.blocks = nn.ModuleList(Mixing(width) for _ in range(depth))
         self.last = Matrix(width, SCALE**2 * PLANES)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
-        self.weights = QualityTable(config.knots, CHANGES * PLANES)  # of the changes
+        self.weights = QualityTable(config.knots, self.count * PLANES)  # of the changes
 
     def forward(self, x: Tensor, features: Tensor, code: Tensor, step: Tensor) -> Tensor:
         """x (B, H, W, 3) in [-0.5, 0.5], features (B, H/4, W/4, w4), code (B,) -> (B, H, W, 3).
@@ -68,19 +73,25 @@ class Refinement(nn.Module):
         """
         steps = step[:, None, None, None]
         x = 255 * (x + 0.5)
-        planes = F.pad(torch.stack(planes_of(x), dim=1) / steps, (denoising.REACH,) * 4, mode="replicate")
+        planes = torch.stack(planes_of(x), dim=1) / steps
+        of_groups = None
+        if self.grouped:  # of the whole, since they reach far beyond a band
+            of_groups = _of_groups(F.pad(planes, (groups.REACH,) * 4, mode="replicate"))
+        planes = F.pad(planes, (denoising.REACH,) * 4, mode="replicate")
         height = x.shape[1]
         band = height if torch.is_grad_enabled() or x.is_cuda else BAND
         bands = []
         for top in range(0, height, band):
             first, last = max(0, top - self.reach), min(height, top + band + self.reach)
             changes = _changes(planes[:, :, first : last + 2 * denoising.REACH])
+            if of_groups is not None:
+                changes = torch.cat([changes, of_groups[:, :, first:last]], dim=1)
             added = self.added(x[:, first:last], features[:, first // 4 : last // 4], changes, code, steps)
             bands.append(added[:, top - first : top - first + band])
         return torch.cat(bands, dim=1) * (steps / 255)
 
     def added(self, x: Tensor, features: Tensor, changes: Tensor, code: Tensor, steps: Tensor) -> Tensor:
-        """x (B, H, W, 3) in 0..255, features, changes (B, CHANGES·PLANES, H, W) -> (B, H, W, 3), in steps."""
+        """x (B, H, W, 3) in 0..255, features, changes (B, count·PLANES, H, W) -> (B, H, W, 3), in steps."""
         detail = (x - _mean_around(x)) / steps
         detail = detail / (1 + detail.abs() / SOFTNESS)
         v = self.pixels(space_to_depth(torch.cat([(x - MIDDLE) / RANGE, detail], dim=-1), SCALE))
@@ -92,7 +103,7 @@ class Refinement(nn.Module):
         for block in self.blocks:
             v = block(v)
         own = depth_to_space(self.last(leaky(_scaled(v, self.after(code)))), SCALE)
-        weights = self.weights(code).unflatten(1, (CHANGES, PLANES, 1)) * x.new_tensor(COLOURS)  # in colours
+        weights = self.weights(code).unflatten(1, (self.count, PLANES, 1)) * x.new_tensor(COLOURS)  # in colours
         weighted = weights.flatten(1, 2).transpose(1, 2) @ changes.flatten(2)
         return own + weighted.unflatten(2, changes.shape[2:]).permute(0, 2, 3, 1)
 
@@ -100,8 +111,18 @@ class Refinement(nn.Module):
 @torch.no_grad()
 def _changes(planes: Tensor) -> Tensor:
     """Of planes (B, PLANES, H + 2·REACH, W + 2·REACH) in steps: (B, CHANGES·PLANES, H, W)."""
+    return _each(planes, denoising.changes)
+
+
+@torch.no_grad()
+def _of_groups(planes: Tensor) -> Tensor:
+    """Of planes with groups.REACH more at each side: (B, GROUPED·PLANES, H, W)."""
+    return _each(planes, groups.grouped)
+
+
+def _each(planes: Tensor, of: Callable[[Tensor, float], Tensor]) -> Tensor:
     with torch.autocast(planes.device.type, enabled=False):
-        found = [denoising.changes(its, 1).flatten(0, 1) for its in planes]
+        found = [of(its, 1).flatten(0, 1) for its in planes]
     return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)  # which needs no copy
 
 
@@ -110,8 +131,8 @@ def leave_graphs() -> None:
 
     A decorator would import torch's compiler, which takes as long as torch itself, wherever a model is loaded.
     """
-    global _changes
-    _changes = torch.compiler.disable(_changes)
+    global _changes, _of_groups
+    _changes, _of_groups = torch.compiler.disable(_changes), torch.compiler.disable(_of_groups)
 
 
 def _mean_around(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from lic.pipeline.restoration import REACH, Restoration, Statistics
 from lic.quality import lambda_of
 
 WINDOW = 64  # side of a window in latent positions: 1024 pixels; a multiple of BLOCK
-HALO = 9  # in latent positions, 144 pixels; the synthesis of `base` reaches 88, its refinement 28, the filter 28
+HALO = 10  # in latent positions, 160 pixels; the synthesis of `base` reaches 88, its refinement 44, the filter 28
 LOOKED_AT = 4  # windows of a large picture from which its filter is found
 
 
