@@ -91,7 +91,7 @@ def main_table(found: Numbers, cost: Numbers) -> list[str]:
     pictures = _numbers(entry["times"]["pictures"] for entry in models.values())
     text = (
         "Parameters and kMAC/px are those of the context model, the next column is the whole decoder but for the "
-        "refinement, 2.4 kMAC/px that came later. Steps and "
+        "refinement, 2.5 kMAC/px that came later. Steps and "
         f"streams are those of a picture of {_size(cost['size'])}. Times are medians of {pictures} pictures at quality "
         f"{cost['quality']:g} (fewer for models of many steps), memory is the peak of a process that encodes and "
         "decodes one. Models with transforms of their own are compared by whole files, below. Training is the last run "

@@ -16,10 +16,14 @@ STEP = 20.0
 
 
 def striped(planes: int, height: int, width: int) -> np.ndarray:
-    """Stripes, so that pixels look alike, and noise of the quantiser's size; REACH more at each side."""
+    """Stripes, so that pixels look alike, and noise of the quantiser's size; REACH more at each side.
+
+    Whole numbers, so that distances are the same in whatever order they are summed up.
+    """
     random = np.random.default_rng(width)
     s = 12 * np.cos(np.arange(planes))[:, None, None] * ((np.arange(width) + np.arange(height)[:, None]) // 5 % 2)
-    return np.pad(s + random.normal(0, STEP / 4, s.shape), ((0, 0), (REACH, REACH), (REACH, REACH)), mode="edge")
+    s = np.rint(s + random.normal(0, STEP / 4, s.shape))
+    return np.pad(s, ((0, 0), (REACH, REACH), (REACH, REACH)), mode="edge")
 
 
 def along(members: np.ndarray) -> np.ndarray:

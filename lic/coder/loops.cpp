@@ -2,9 +2,9 @@
 // pairs of pixels.
 //
 // lic_read_chain does what RangeDecoder.read and Decoder.pull_chain do, lic_states and lic_search what
-// Dependent.quantisers and Dependent._search do, number for number, lic_means, lic_shrunken and lic_matched
-// what non_local_means._means, cosine_shrinkage._shrunken and block_matching._matched do, up to rounding; these are what
-// they are tested against. The caller has checked that every index is in range.
+// Dependent.quantisers and Dependent._search do, number for number, lic_means, lic_shrunken, lic_matched and
+// lic_grouped what non_local_means._means, cosine_shrinkage._shrunken, block_matching._matched and groups._grouped do,
+// up to rounding; these are what they are tested against. The caller has checked that every index is in range.
 
 #include <algorithm>
 #include <cmath>
@@ -313,7 +313,7 @@ constexpr int64_t STRIP = STRIDE * (BLOCKS - SIDE / STRIDE + 1);  // columns tha
 
 typedef float Eight __attribute__((vector_size(32)));
 
-#if defined(__clang__) || __GNUC__ >= 12
+#if defined(__clang__)
 #define SHUFFLED_EIGHT(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 typedef uint32_t EightWords __attribute__((vector_size(32)));
@@ -416,7 +416,7 @@ WIDER void leave(const Cosines& cosines, const float (&sums)[SIDE][BLOCKS], cons
     for (int64_t x = 0; x < width; ++x) out[x] = columns[x % STRIDE][(x + BEFORE) / STRIDE] / COUNT - row[x];
 }
 
-// Matched blocks, see lic_matched. Columns of the plane that blocks are compared in are split by what is left over from
+// Blocks that are most like others, for lic_matched and lic_grouped. Columns of the plane that blocks are compared in are split by what is left over from
 // CELL, so that sums over cells of CELL x CELL pixels next to each other are sums of what lies next to each other. A block
 // is four cells.
 constexpr int64_t CELL = 4, RADIUS = 20, MOST_MATCHES = 16;
@@ -429,15 +429,16 @@ constexpr int64_t BLOCK_ROWS = CELL_ROWS - 1, BLOCK_COLUMNS = CELL_COLUMNS - 1; 
 struct Offsets {
     const int64_t* each;
     const int64_t count, matches;
+    const float scale;  // of distances, for weights
 };
 
 struct Matching {
     float split[SPLIT_ROWS][CELL][SPLIT];
     float cells[CELL_ROWS][LANES + 8];
-    float worst[BLOCK_ROWS][LANES];                               // of the distances of each block, so far
+    float worst[BLOCK_ROWS][LANES];                            // of the distances of each block, so far
     float distances[BLOCK_ROWS][BLOCK_COLUMNS][MOST_MATCHES];  // of each block, the least first
     int32_t away[BLOCK_ROWS][BLOCK_COLUMNS][MOST_MATCHES];     // in pixels
-    float weights[BLOCK_ROWS][BLOCK_COLUMNS][MOST_MATCHES];
+    float weights[BLOCK_ROWS][BLOCK_COLUMNS][MOST_MATCHES];    // (1 + scale * distance)^-4
 };
 
 // Sums of the squares of differences between what is `down` and `right` away and what is here, over `rows` rows of cells.
@@ -513,6 +514,12 @@ WIDER void match(Matching& matching, const float* plane, int64_t height, int64_t
                     }
             }
     }
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t x = 0; x < columns; ++x)
+            for (int64_t m = 0; m < offsets.matches; ++m) {
+                const float a = 1 / (1 + offsets.scale * matching.distances[row][x][m]);
+                matching.weights[row][x][m] = a * a * (a * a);
+            }
 }
 
 // Adds to a row of CELL pixels of a plane what the matches of a block would change.
@@ -789,12 +796,12 @@ int64_t lic_shrunken(const float* pixels, int64_t planes, int64_t height, int64_
     return 0;
 }
 
-// Of `planes` planes of height x width pixels and `reach` (27 or more) around, what matched blocks add to them.
-// Blocks of 8x8 pixels begin at every fourth row and column, counted from the first pixel inside. Of all that are an offset (down, right) of at most
-// RADIUS away, `matches` have the least sum of squares of differences from a block in the first plane, of equal ones the
-// first. They count for (1 + scale * that)^-4, beside `constant` for the block itself. A pixel is the mean of its four
-// blocks. matched: (planes, height, width). Of every `shares` tiles that with the number `share` is computed. Returns -1
-// if there is not enough memory.
+// Of `planes` planes of height x width pixels and `reach` (27 or more) around, what matched blocks add to them. Blocks
+// of 8x8 pixels begin at every fourth row and column, counted from the first pixel inside. Of all that are an offset
+// (down, right) of at most RADIUS away, `matches` have the least sum of squares of differences from a block in the
+// first plane, of equal ones the first. They count for (1 + scale * that)^-4, beside `constant` for the block itself.
+// A pixel is the mean of its four blocks. matched: (planes, height, width). Of every `shares` tiles that with the
+// number `share` is computed. Returns -1 if there is not enough memory.
 int64_t lic_matched(const float* pixels, int64_t planes, int64_t height, int64_t width, int64_t reach,
                     const int64_t* offsets, int64_t count, int64_t matches, float scale, float constant, int64_t share,
                     int64_t shares, float* matched) {
@@ -809,16 +816,12 @@ int64_t lic_matched(const float* pixels, int64_t planes, int64_t height, int64_t
                 const int64_t tall = std::min(TILE_ROWS, height - top), wide = std::min(TILE_COLUMNS, width - left);
                 const int64_t rows = (tall + CELL - 1) / CELL + 1, columns = (wide + CELL - 1) / CELL + 1;
                 match(matching, pixels, height + 2 * reach, stride, top - CELL + reach, left - CELL + reach, rows,
-                      columns, Offsets{offsets, count, matches});
+                      columns, Offsets{offsets, count, matches, scale});
                 for (int64_t row = 0; row < rows; ++row)
                     for (int64_t x = 0; x < columns; ++x) {
                         float total = constant;
                         float* weights = matching.weights[row][x];
-                        for (int64_t m = 0; m < matches; ++m) {
-                            const float a = 1 / (1 + scale * matching.distances[row][x][m]);
-                            weights[m] = a * a * (a * a);
-                            total += weights[m];
-                        }
+                        for (int64_t m = 0; m < matches; ++m) total += weights[m];
                         for (int64_t m = 0; m < matches; ++m) weights[m] /= total;
                     }
                 for (int64_t k = 0; k < planes; ++k)
@@ -841,14 +844,14 @@ int64_t lic_matched(const float* pixels, int64_t planes, int64_t height, int64_t
     return 0;
 }
 
-// Of `planes` planes of height x width pixels and `reach` around, what groups of blocks add to them. Blocks of 8x8 pixels
-// begin at every fourth row and column, counted from the first pixel inside. Of all that are an offset (down, right) away,
-// at most (reach - 7) / 2, each has the 15 of least sum of squares of differences in the first plane, of equal ones the
-// first, behind it in a group. First, of the cosine transforms of the members, transformed once more from member to member,
-// all coefficients c but the first one are multiplied by c^2 / (c^2 + threshold^2); a pixel is the mean of all blocks of
-// all groups that it is in. Second, all members become their mean, in which they count for (1 + scale * sum)^-4, as these
-// means do in a pixel. grouped: (2, planes, height, width). Of `shares` parts of the rows that with the number `share` is
-// computed. Returns -1 if there is not enough memory.
+// Of `planes` planes of height x width pixels and `reach` around, what groups of blocks add to them. Blocks of 8x8
+// pixels begin at every fourth row and column, counted from the first pixel inside. Of all that are an offset (down,
+// right) away, at most (reach - 7) / 2 and RADIUS, 15 or more, each has the 15 of least sum of squares of differences
+// in the first plane, of equal ones the first, behind it in a group. First, of the cosine transforms of the members,
+// transformed once more from member to member, all coefficients c but the first one are multiplied by c^2 / (c^2 +
+// threshold^2); a pixel is the mean of all blocks of all groups that it is in. Second, all members become their mean,
+// in which they count for (1 + scale * sum)^-4, as these means do in a pixel. grouped: (2, planes, height, width). Of
+// `shares` parts of the rows that with the number `share` is computed. Returns -1 if there is not enough memory.
 int64_t lic_grouped(const float* pixels, int64_t planes, int64_t height, int64_t width, int64_t reach,
                     const int64_t* offsets, int64_t count, float threshold, float scale, int64_t share, int64_t shares,
                     float* grouped) {
@@ -870,17 +873,14 @@ int64_t lic_grouped(const float* pixels, int64_t planes, int64_t height, int64_t
             for (int64_t number = 0; number < across; number += BLOCK_COLUMNS) {
                 const int64_t columns = std::min(BLOCK_COLUMNS, across - number);
                 match(matching, pixels, tall, stride, top + reach, number * CELL - before + reach, rows, columns,
-                      Offsets{offsets, count, MEMBERS - 1});
+                      Offsets{offsets, count, MEMBERS - 1, scale});
                 for (int64_t row = 0; row < rows; ++row)
                     for (int64_t x = 0; x < columns; ++x) {
                         const int64_t at = (row * across + number + x) * MEMBERS;
                         groups[at] = 0;
                         weights[at] = 1;
-                        for (int64_t m = 1; m < MEMBERS; ++m) {
-                            const float a = 1 / (1 + scale * matching.distances[row][x][m - 1]);
-                            weights[at + m] = a * a * (a * a);
-                            groups[at + m] = matching.away[row][x][m - 1];
-                        }
+                        std::copy(matching.away[row][x], matching.away[row][x] + MEMBERS - 1, &groups[at + 1]);
+                        std::copy(matching.weights[row][x], matching.weights[row][x] + MEMBERS - 1, &weights[at + 1]);
                     }
             }
             // In the order of rows, whatever the parts, so that sums do not depend on these.

@@ -263,7 +263,8 @@ class Loops:
             ctypes.c_float(threshold),
             ctypes.c_float(scale),
         )
-        return _filled(result, self._grouped, arguments, threads)
+        # A part of the rows computes what begins around it too, and takes memory for that.
+        return _filled(result, self._grouped, arguments, max(1, min(threads, height // 64)))
 
 
 def _filled(result: Floats, function: Callable[..., int], arguments: tuple[Any, ...], threads: int) -> Floats:

@@ -1,9 +1,9 @@
 """What denoising would change in decoded pixels (bitstream_spec.md, 6.4).
 
 A synthesis, which sees a place through fixed kernels, does not compare pixels. The refinement behind it
-(:mod:`lic.model.refinement`) is given the changes by non-local means and shrunken cosine transforms. They, and those by
-matched blocks (:mod:`lic.denoising.block_matching`), are features of the picture's own filter
-(:mod:`lic.pipeline.restoration`).
+(:mod:`lic.model.refinement`) is given the changes by non-local means, shrunken cosine transforms and groups of blocks
+(:mod:`lic.denoising.groups`). The first two, and those by matched blocks (:mod:`lic.denoising.block_matching`), are
+features of the picture's own filter (:mod:`lic.pipeline.restoration`).
 """
 
 from __future__ import annotations

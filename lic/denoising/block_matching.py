@@ -59,27 +59,19 @@ def _matched(planes: Tensor, scale: float) -> Tensor:
     height, width = (side - 2 * REACH for side in planes.shape[1:])
     # Blocks begin STRIDE pixels before the picture, and at its last pixels.
     down, right = (-(-side // STRIDE) + 1 for side in (height, width))
-    rows, columns = STRIDE * (down - 1) + SIDE, STRIDE * (right - 1) + SIDE
     first = REACH - STRIDE
-    offsets = torch.from_numpy(OFFSETS).to(planes.device)
-    distances, chosen = nearest(planes[0], first, (down, right), OFFSETS, MATCHES)
+    distances, matches = nearest(planes[0], first, (down, right), OFFSETS, MATCHES)
     weights = (1 + scale * distances).pow(-4)
     weights = weights / (weights.sum(0) + CONSTANT)
-    one = torch.arange(SIDE, device=planes.device)
-    across = planes.shape[2]
-    corner = (first + STRIDE * torch.arange(down, device=planes.device))[:, None] * across
-    corner = corner + first + STRIDE * torch.arange(right, device=planes.device)  # of each block
-    inside = one[:, None] * across + one  # of a block
-    places = corner[..., None, None] + inside
+    places = places_of(planes[0], first, (down, right))
     changes = planes.new_zeros(len(planes), down, right, SIDE, SIDE)
     flat = planes.flatten(1)
     own = flat[:, places]
-    for weight, number in zip(weights, chosen, strict=True):
-        offset = offsets[number]
-        away = offset[..., 0] * across + offset[..., 1]
+    for weight, away in zip(weights, matches, strict=True):
         changes += weight[..., None, None] * (flat[:, places + away[..., None, None]] - own)
     blocks = changes.flatten(1, 2).flatten(2).transpose(1, 2)  # (K, SIDE², blocks)
-    total = F.fold(blocks, (rows, columns), SIDE, stride=STRIDE)[:, 0]
+    rows_and_columns = [STRIDE * (count - 1) + SIDE for count in (down, right)]
+    total = F.fold(blocks, rows_and_columns, SIDE, stride=STRIDE)[:, 0]
     return total[:, STRIDE : STRIDE + height, STRIDE : STRIDE + width] / (SIDE // STRIDE) ** 2
 
 
@@ -88,11 +80,12 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """What blocks of a plane (H, W) are most like, the nearest first: (matches, ROWS, COLUMNS), each.
 
-    Sums of the squares of differences, and numbers of offsets (N, 2); of equal sums the first ones.
+    Sums of the squares of differences, and how far away in the flattened plane that is; of equal sums the first ones.
 
     Args:
         first: the row and column of the first block.
         blocks: (ROWS, COLUMNS), at every STRIDE-th row and column.
+        offsets: (N, 2), down and right.
     """
     rows, columns = (STRIDE * (count - 1) + SIDE for count in blocks)
 
@@ -109,4 +102,11 @@ def nearest(
         all_numbers = torch.cat([chosen, number[:, None, None].expand_as(found)])
         distances, places = torch.cat([distances, found]).sort(dim=0, stable=True)
         distances, chosen = distances[:matches], all_numbers.gather(0, places[:matches])
-    return distances, chosen
+    return distances, torch.from_numpy(offsets @ [plane.shape[1], 1]).to(plane.device)[chosen]
+
+
+def places_of(plane: Tensor, first: int, blocks: tuple[int, int]) -> Tensor:
+    """Where the pixels of the blocks of :func:`nearest` lie in the flattened plane: (ROWS, COLUMNS, SIDE, SIDE)."""
+    inside = torch.arange(SIDE, device=plane.device)
+    rows, columns = (first + STRIDE * torch.arange(count, device=plane.device)[:, None] + inside for count in blocks)
+    return rows[:, None, :, None] * plane.shape[1] + columns[:, None]

@@ -2,7 +2,7 @@
 
 Each block of 8x8 pixels looks for the 15 that are most like it, as in :mod:`lic.denoising.block_matching`. Not only
 this block is mended then, but all members of its group are, by what they are together, so that a pixel gets what all
-groups say that any of its blocks is in, a hundred of them: the collaborative filtering of BM3D (Dabov, Foi, Katkovnik
+groups say that any of its blocks is in, some sixty of them: the collaborative filtering of BM3D (Dabov, Foi, Katkovnik
 and Egiazarian 2007, "Image denoising by sparse 3-D transform-domain collaborative filtering", IEEE Trans. Image
 Process. 16(8); bitstream_spec.md, 6.4). Two kinds: what is small in cosine transforms of the members, transformed
 once more from member to member, is shrunken; and all become their weighted mean.
@@ -49,30 +49,24 @@ def grouped(planes: Tensor, step: float) -> Tensor:
 
 
 def _grouped(planes: Tensor, threshold: float, scale: float) -> Tensor:
-    """As the compiled loop has them."""
+    """As the compiled loop has them; on a GPU, which adds up in any order, up to rounding each time."""
     height, width = (side - 2 * REACH for side in planes.shape[1:])
     before = (SIDE - 1 + RADIUS) // STRIDE * STRIDE
-    down, right = ((before + side - 1 + RADIUS) // STRIDE + 1 for side in (height, width))
-    offsets = torch.from_numpy(OFFSETS).to(planes.device)
-    first = REACH - before
-    distances, chosen = block_matching.nearest(planes[0], first, (down, right), OFFSETS, MEMBERS - 1)
-    across = planes.shape[2]
-    away = (offsets[:, 0] * across + offsets[:, 1])[chosen].flatten(1)
-    away = torch.cat([torch.zeros_like(away[:1]), away])  # (MEMBERS, blocks)
+    first, blocks = REACH - before, [(before + side - 1 + RADIUS) // STRIDE + 1 for side in (height, width)]
+    distances, away = block_matching.nearest(planes[0], first, (blocks[0], blocks[1]), OFFSETS, MEMBERS - 1)
+    own = block_matching.places_of(planes[0], first, (blocks[0], blocks[1])).flatten(2).flatten(0, 1)  # (groups, 64)
+    away = away.flatten(1)
+    away = torch.cat([torch.zeros_like(away[:1]), away])  # (MEMBERS, groups)
     weights = (1 + scale * distances.flatten(1)).pow(-4)
     weights = torch.cat([torch.ones_like(weights[:1]), weights])
-    one = torch.arange(SIDE, device=planes.device)
-    inside = (one[:, None] * across + one).flatten()
-    corners = (first + STRIDE * torch.arange(down, device=planes.device))[:, None] * across
-    corners = (corners + first + STRIDE * torch.arange(right, device=planes.device)).flatten()
 
     transform = planes.new_tensor(np.kron(cosines(), cosines()))
     haar = planes.new_tensor(_haar())
     sums = planes.new_zeros(GROUPED, len(planes), planes[0].numel())
     counts = planes.new_zeros(GROUPED, planes[0].numel())
-    for start in range(0, len(corners), _TOGETHER):
+    for start in range(0, len(own), _TOGETHER):
         some = slice(start, start + _TOGETHER)
-        places = (corners[some] + away[:, some])[..., None] + inside  # (MEMBERS, groups, 64)
+        places = own[some] + away[:, some, None]  # (MEMBERS, groups, 64)
         weight = weights[:, some, None]
         counts[0].index_add_(0, places.flatten(), torch.ones_like(places, dtype=planes.dtype).flatten())
         counts[1].index_add_(0, places.flatten(), weight.expand_as(places).flatten())

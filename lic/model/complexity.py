@@ -18,8 +18,9 @@ def kmac_per_pixel(net: CodecModel, height: int = 512, width: int = 768) -> dict
 
     The analysis is counted without its corrections, each of which costs an encoder a synthesis and the shortcut, and
     the last one for squared error a refinement. Denoising, for the refinement and for a picture's own filter, is not
-    counted: it is no network. Its cosine transforms would come to 2.3, its means compare 52 pairs of pixels for each,
-    its blocks one with 1,680 others.
+    counted: it is no network. Its cosine transforms take 0.7 thousand multiplications for a pixel, its groups 3.4; its
+    means compare 52 pairs of pixels for each, and a block for every 16 pixels is compared with 840 others for groups,
+    with 1,680 for matched blocks.
     """
     config: Config = net.config
     with torch.no_grad():

@@ -28,8 +28,8 @@ class Config:
     system: str = "groupedmixer"
     context: Mapping[str, Any] = field(default_factory=dict)
     non_local_heads: int = 0  # of the non-local attention modules in transforms and hyperprior; 0: no modules
-    # Of the refinement behind g_s: width, number of blocks, and kinds of changes by groups that it is given, if not 0.
-    # None: no refinement.
+    # Of the refinement behind g_s: width, number of blocks and, if it is given changes by groups, how many kinds of
+    # these. Empty: no refinement.
     refinement: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lic import denoising
 from lic.denoising import CHANGES, COLOURS, MIDDLE, groups, planes_of
 from lic.denoising.groups import GROUPED
-from lic.exact import QualityTable
+from lic.exact import QualityTable, exact_arithmetic
 from lic.model.config import Config
 from lic.model.layers import Depthwise, Matrix, depth_to_space, leaky, space_to_depth
 
@@ -49,6 +49,8 @@ class Refinement(nn.Module):
     def __init__(self, config: Config) -> None:
         """Raises ValueError for a refinement that reaches too far, and for other groups than there are."""
         super().__init__()
+        if len(config.refinement) not in (2, 3):
+            raise ValueError(f"a refinement of {len(config.refinement)} numbers")
         width, depth, self.grouped = (*config.refinement, 0)[:3]
         if not 0 <= depth <= MOST_BLOCKS:
             raise ValueError(f"a refinement of {depth} blocks")
@@ -73,11 +75,10 @@ class Refinement(nn.Module):
         """
         steps = step[:, None, None, None]
         x = 255 * (x + 0.5)
-        planes = torch.stack(planes_of(x), dim=1) / steps
-        of_groups = None
-        if self.grouped:  # of the whole, since they reach far beyond a band
-            of_groups = _of_groups(F.pad(planes, (groups.REACH,) * 4, mode="replicate"))
-        planes = F.pad(planes, (denoising.REACH,) * 4, mode="replicate")
+        planes = F.pad(torch.stack(planes_of(x), dim=1) / steps, (groups.REACH,) * 4, mode="replicate")
+        of_groups = _of_groups(planes) if self.grouped else None  # of the whole: they reach far beyond a band
+        inner = slice(groups.REACH - denoising.REACH, denoising.REACH - groups.REACH)
+        planes = planes[..., inner, inner]
         height = x.shape[1]
         band = height if torch.is_grad_enabled() or x.is_cuda else BAND
         bands = []
@@ -121,7 +122,7 @@ def _of_groups(planes: Tensor) -> Tensor:
 
 
 def _each(planes: Tensor, of: Callable[[Tensor, float], Tensor]) -> Tensor:
-    with torch.autocast(planes.device.type, enabled=False):
+    with exact_arithmetic():  # a mean of many steps is to be known to a tenth of one
         found = [of(its, 1).flatten(0, 1) for its in planes]
     return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)  # which needs no copy
 
