@@ -416,9 +416,9 @@ WIDER void leave(const Cosines& cosines, const float (&sums)[SIDE][BLOCKS], cons
     for (int64_t x = 0; x < width; ++x) out[x] = columns[x % STRIDE][(x + BEFORE) / STRIDE] / COUNT - row[x];
 }
 
-// Blocks that are most like others, for lic_matched and lic_grouped. Columns of the plane that blocks are compared in are split by what is left over from
-// CELL, so that sums over cells of CELL x CELL pixels next to each other are sums of what lies next to each other. A block
-// is four cells.
+// Blocks that are most like others, for lic_matched and lic_grouped. Columns of the plane that blocks are compared in are
+// split by what is left over from CELL, so that sums over cells of CELL x CELL pixels next to each other are sums of what
+// lies next to each other. A block is four cells.
 constexpr int64_t CELL = 4, RADIUS = 20, MOST_MATCHES = 16;
 constexpr int64_t CELL_ROWS = TILE_ROWS / CELL + 2, CELL_COLUMNS = TILE_COLUMNS / CELL + 2;  // one more at each side
 constexpr int64_t LANES = (CELL_COLUMNS + 7) / 8 * 8, SPLIT = LANES + 2 * RADIUS / CELL + 1;
@@ -528,7 +528,7 @@ ALWAYS_INLINE void mend(const float* pixels, const float* weights, const int32_t
     for (int64_t m = 0; m < matches; ++m) *sum += weights[m] * (loaded(pixels + away[m]) - own);
 }
 
-// Shrunken groups, see lic_grouped.
+// Groups of blocks, see lic_grouped.
 constexpr int64_t MEMBERS = 16;
 
 ALWAYS_INLINE void transpose(Eight (&rows)[SIDE]) {
@@ -563,7 +563,7 @@ ALWAYS_INLINE void along_group(Eight (&group)[MEMBERS][SIDE]) {
     }
 }
 
-// What is added up of groups, in each pixel: of each plane what is shrunken and what is averaged, and how much these count.
+// What is added up of groups in each pixel: of each plane what is shrunken and what is averaged, and how much these count.
 struct Sums {
     const int64_t planes, size;
     std::vector<float> all;
@@ -619,6 +619,7 @@ WIDER void add_group(const Cosines& cosines, const float* block, const int32_t* 
     }
 }
 
+// Adds how much the members of a group count in the pixels that they take in.
 WIDER void count_group(const int32_t* away, const float* weights, int64_t stride, float* count, float* weight) {
     for (int64_t m = 0; m < MEMBERS; ++m)
         for (int64_t i = 0; i < SIDE; ++i) {
