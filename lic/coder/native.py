@@ -172,7 +172,7 @@ class Loops:
         Returns:
             (groups, 2, planes, H, W).
         """
-        count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
+        count, height, width = _inside(planes, reach)
         result = np.empty((int(offsets[-1, 2]) + 1, 2, count, height, width), np.float32)
         both = np.array(kernels, np.float32)
 
@@ -198,7 +198,7 @@ class Loops:
         Returns:
             (2, K, H, W).
         """
-        count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
+        count, height, width = _inside(planes, reach)
         result = np.empty((2, count, height, width), np.float32)
         both = np.array(thresholds, np.float32)
 
@@ -226,7 +226,7 @@ class Loops:
         Returns:
             (K, H, W).
         """
-        count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
+        count, height, width = _inside(planes, reach)
         result = np.empty((count, height, width), np.float32)
 
         arguments = (
@@ -252,7 +252,7 @@ class Loops:
         Returns:
             (2, K, H, W).
         """
-        count, height, width = planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
+        count, height, width = _inside(planes, reach)
         result = np.empty((2, count, height, width), np.float32)
 
         arguments = (
@@ -265,6 +265,11 @@ class Loops:
         )
         # A part of the rows computes what begins around it too, and takes memory for that.
         return _filled(result, self._grouped, arguments, max(1, min(threads, height // 64)))
+
+
+def _inside(planes: Floats, reach: int) -> tuple[int, int, int]:
+    """Planes, rows and columns that have ``reach`` more at each side."""
+    return planes.shape[0], planes.shape[1] - 2 * reach, planes.shape[2] - 2 * reach
 
 
 def _filled(result: Floats, function: Callable[..., int], arguments: tuple[Any, ...], threads: int) -> Floats:
@@ -297,7 +302,7 @@ def _at(array: npt.NDArray[Any], dtype: type[np.generic]) -> ctypes.c_void_p:
 
 @functools.cache
 def load() -> tuple[Loops | None, str | None]:
-    """The loops, or why there are none, in one line. The first call on a machine compiles them, in a second or two."""
+    """The loops, or why there are none, in one line. The first call on a machine compiles them, in a few seconds."""
     try:
         made_of = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_OPTIONS).encode()).hexdigest()[:16]
         key = f"loops-{made_of}-{sys.platform}-{platform.machine()}-{8 * ctypes.sizeof(ctypes.c_void_p)}"

@@ -70,8 +70,8 @@ def _matched(planes: Tensor, scale: float) -> Tensor:
     for weight, away in zip(weights, matches, strict=True):
         changes += weight[..., None, None] * (flat[:, places + away[..., None, None]] - own)
     blocks = changes.flatten(1, 2).flatten(2).transpose(1, 2)  # (K, SIDE², blocks)
-    rows_and_columns = [STRIDE * (count - 1) + SIDE for count in (down, right)]
-    total = F.fold(blocks, rows_and_columns, SIDE, stride=STRIDE)[:, 0]
+    size = STRIDE * (down - 1) + SIDE, STRIDE * (right - 1) + SIDE
+    total = F.fold(blocks, size, SIDE, stride=STRIDE)[:, 0]
     return total[:, STRIDE : STRIDE + height, STRIDE : STRIDE + width] / (SIDE // STRIDE) ** 2
 
 
